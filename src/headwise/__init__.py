@@ -1,0 +1,36 @@
+"""headwise makes transformer attention legible, exchangeable and cheap, head by head.
+
+Nothing heavy is imported here: torch and transformers load when a name is first used.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from headwise.instruments import Atlas, see
+    from headwise.maps import AttentionMap, attend
+    from headwise.models import observe, view
+
+__version__ = "0.1.0"
+
+# name -> the room that defines it
+_EXPORTS = {
+    "Atlas": "headwise.instruments",
+    "see": "headwise.instruments",
+    "AttentionMap": "headwise.maps",
+    "attend": "headwise.maps",
+    "observe": "headwise.models",
+    "view": "headwise.models",
+}
+
+__all__ = ["Atlas", "AttentionMap", "__version__", "attend", "observe", "see", "view"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _EXPORTS:
+        return getattr(import_module(_EXPORTS[name]), name)
+    raise AttributeError(f"module 'headwise' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
