@@ -1,0 +1,114 @@
+"""The commands and their options. Only argparse is imported: `headwise --help` must be quick."""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+from headwise import __version__
+from headwise.cli.options import add_explain_options, add_see_options, names, positive
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose complaint is one line, without the usage before it."""
+
+    def error(self, message: str) -> NoReturn:
+        sys.stderr.write(f"{self.prog}: error: {message} ({self.prog} --help lists the options)\n")
+        raise SystemExit(2)
+
+
+def build_parser() -> Parser:
+    """The parser of the whole command line; `options.run` names the function of the command."""
+    parser = Parser(
+        prog="headwise",
+        description="Make transformer attention legible, head by head.",
+        epilog="`headwise see` without arguments measures the small model that comes with the "
+        "package. `headwise COMMAND --help` explains a command.",
+    )
+    parser.add_argument("--version", action="version", version=f"headwise {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
+
+    see = _command(
+        commands,
+        "see",
+        "headwise.cli.see:run",
+        "measure every head of a model on a text; writes an atlas and a report",
+    )
+    add_see_options(see)
+
+    compare = _command(
+        commands,
+        "compare",
+        "headwise.cli.atlases:compare",
+        "what changed between two atlases, by head",
+    )
+    compare.add_argument("first", metavar="A", type=Path, help="atlas file, or folder of a run")
+    compare.add_argument("second", metavar="B", type=Path, help="the other one")
+    compare.add_argument(
+        "--columns",
+        type=names,
+        metavar="A,B",
+        help="only these columns (default: all that both have)",
+    )
+    compare.add_argument(
+        "--rows", type=positive, default=20, metavar="N", help="most changed heads shown (default: 20)"
+    )
+    compare.add_argument("--html", type=Path, metavar="FILE", help="write it as a page")
+    compare.add_argument("--json", action="store_true", help="print it as JSON")
+
+    report = _command(
+        commands, "report", "headwise.cli.atlases:report", "write the HTML report of an atlas"
+    )
+    report.add_argument("atlas", metavar="ATLAS", type=Path, help="atlas file, or folder of a run")
+    report.add_argument(
+        "--out", type=Path, metavar="FILE", help="the page (default: report.html beside the atlas)"
+    )
+
+    show = _command(
+        commands, "show", "headwise.cli.atlases:show", "print the table of an atlas, a line a head"
+    )
+    show.add_argument("atlas", metavar="ATLAS", type=Path, help="atlas file, or folder of a run")
+    show.add_argument(
+        "--sort", metavar="COLUMN", help="largest first; -COLUMN or COLUMN:up for smallest first"
+    )
+    show.add_argument("--kind", metavar="KIND", help="only heads of this kind")
+    show.add_argument(
+        "--columns", type=names, metavar="A,B", help="these columns (default: a choice)"
+    )
+    show.add_argument("--rows", type=positive, metavar="N", help="at most so many heads")
+    show.add_argument("--layers", action="store_true", help="the table of layers instead of heads")
+    form = show.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="all columns as JSON, a list of heads")
+    form.add_argument("--csv", action="store_true", help="all columns as CSV")
+
+    explain = _command(
+        commands,
+        "explain",
+        "headwise.cli.reference:explain",
+        "which kernel an attention of this shape is computed with, why, and what it costs",
+    )
+    add_explain_options(explain)
+
+    _command(
+        commands,
+        "kinds",
+        "headwise.cli.reference:kinds",
+        "the kinds of heads and the thresholds that decide them",
+    )
+    instruments = _command(
+        commands,
+        "instruments",
+        "headwise.cli.reference:instruments",
+        "the instruments, their columns, units and sources",
+    )
+    instruments.add_argument("--json", action="store_true", help="print them as JSON")
+    return parser
+
+
+def _command(commands: Any, name: str, run: str, summary: str) -> argparse.ArgumentParser:
+    command: argparse.ArgumentParser = commands.add_parser(
+        name, help=summary, description=summary[0].upper() + summary[1:] + "."
+    )
+    command.set_defaults(run=run)
+    command.add_argument("--debug", action="store_true", help="show a traceback on errors")
+    return command
