@@ -1,0 +1,52 @@
+"""See: measure what every head and layer of a model does, streaming over layers and texts.
+
+Nothing heavy is imported here: numpy is enough to load an Atlas; torch loads with `see`.
+"""
+
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from headwise.instruments.atlas import Atlas
+    from headwise.instruments.columns import Column
+    from headwise.instruments.compare import Comparison, compare
+    from headwise.instruments.see import see
+
+# name -> the module that defines it
+_EXPORTS = {
+    "Atlas": "headwise.instruments.atlas",
+    "Column": "headwise.instruments.columns",
+    "Comparison": "headwise.instruments.compare",
+    "compare": "headwise.instruments.compare",
+    "see": "headwise.instruments.see",
+}
+
+__all__ = ["Atlas", "Column", "Comparison", "compare", "see"]
+
+
+class _Room(ModuleType):
+    """`see` and `compare` are functions here, though the files that hold them have the same name.
+
+    Importing a submodule binds its name on the package; here the function is bound instead, so
+    that `headwise.instruments.see` is the same thing whichever import came first.
+    """
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if name in _EXPORTS and isinstance(value, ModuleType):
+            value = getattr(value, name)
+        super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Room
+
+
+def __getattr__(name: str) -> Any:
+    if name in _EXPORTS:
+        return getattr(import_module(_EXPORTS[name]), name)
+    raise AttributeError(f"module 'headwise.instruments' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
