@@ -1,0 +1,168 @@
+"""`attend`: one attention, several backends, the choice explained."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from headwise.maps import dense, flash, flex, tiles
+from headwise.maps.pattern import Full, Pattern
+from headwise.maps.scores import Bias, Scores
+
+BACKENDS = ("dense", "tiled", "flash", "flex")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which backend computes an attention, why, and what it costs.
+
+    `flops`: multiplications and additions of the two products, over the tiles that are computed.
+    `bytes`: largest temporary beside inputs and outputs. `refused`: why the others were not taken.
+    """
+
+    backend: str
+    reason: str
+    flops: int
+    bytes: int
+    density: float
+    refused: dict[str, str]
+
+    def __str__(self) -> str:
+        lines = [
+            f"backend   {self.backend}: {self.reason}",
+            f"density   {self.density:.4f} of the n_q x n_k pairs are computed",
+            f"work      {self.flops / 1e9:.3f} GFLOP",
+            f"temporary {self.bytes / 2**20:.1f} MiB",
+        ]
+        lines += [f"not {name:<6}{why}" for name, why in self.refused.items()]
+        return "\n".join(lines)
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: Pattern | None = None,
+    scale: float | None = None,
+    bias: Tensor | Bias | None = None,
+    sinks: Tensor | None = None,
+    softcap: float | None = None,
+    backend: str | None = None,
+    need_lse: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """softmax(softcap(scale * Q K^T) + bias) V over the keys that the pattern allows.
+
+    Shapes: q `(batch, heads, n_q, d)`, k `(batch, kv_heads, n_k, d)`, v `(batch, kv_heads, n_k,
+    d_v)`; head h reads key-value head h // (heads // kv_heads), which is never copied out. With
+    n_q != n_k, queries are aligned at the end of the keys.
+
+    `pattern` (default Full()): see `headwise.maps.pattern`. `scale`: default d ** -0.5. `bias`:
+    tensor broadcastable to `(batch, heads, n_q, n_k)`, or an object such as `Alibi`, added after
+    the soft-cap. `sinks`: one learned logit a head that takes part in the normalisation only
+    (gpt-oss). `softcap`: scores become cap * tanh(scores / cap) (Gemma 2). `backend`: one of
+    dense, tiled, flash, flex; None chooses (`explain` says which and why).
+
+    Returns out `(batch, heads, n_q, d_v)` in q's type, zero in rows that see nothing, and lse
+    `(batch, heads, n_q)`, float32 (float64 for float64 inputs), -inf in such rows. With
+    `need_lse=False` a backend that does not compute it may be taken, and lse is then empty.
+
+    Gradients flow through out in every backend but flex on the CPU. Through lse they flow in
+    dense and tiled only: when lse is differentiated, ask for one of these.
+
+    Raises ValueError for shapes that do not fit and for a forced backend that cannot serve.
+    """
+    scores = Scores.of(q, k, pattern, scale, bias, sinks, softcap)
+    _check_values(scores, v)
+    chosen = plan(scores, backend, need_lse, _needs_gradient(q, k, v)).backend
+    if chosen == "dense":
+        out, lse = dense.attend(scores, v)
+    elif chosen == "flash":
+        out, lse = flash.attend(scores, v)
+    elif chosen == "flex":
+        out, maybe = flex.attend(scores, v, need_lse)
+        lse = q.new_zeros((0,), dtype=torch.float32) if maybe is None else maybe
+    else:
+        out, lse = tiles.online_attend(scores, v)
+    return out.to(q.dtype), lse
+
+
+def explain(
+    q: Tensor,
+    k: Tensor,
+    pattern: Pattern | None = None,
+    scale: float | None = None,
+    bias: Tensor | Bias | None = None,
+    sinks: Tensor | None = None,
+    softcap: float | None = None,
+    backend: str | None = None,
+    need_lse: bool = True,
+) -> Plan:
+    """What `attend` would do with these arguments (shapes and types count, values do not)."""
+    scores = Scores.of(q, k, pattern, scale, bias, sinks, softcap)
+    return plan(scores, backend, need_lse, _needs_gradient(q, k))
+
+
+def plan(
+    scores: Scores, backend: str | None = None, need_lse: bool = True, gradients: bool = False
+) -> Plan:
+    """Choose a backend for these scores."""
+    if backend is not None and backend not in BACKENDS:
+        raise ValueError(f"backend {backend!r} is unknown; there are {', '.join(BACKENDS)}")
+    refused = {
+        "flash": flash.why_not(scores),
+        "flex": flex.why_not(scores, gradients, need_lse),
+    }
+    reasons = {name: why for name, why in refused.items() if why}
+    if backend is not None:
+        if backend in reasons:
+            raise ValueError(f"backend {backend!r} cannot compute this: {reasons[backend]}")
+        chosen, reason = backend, "asked for"
+    elif "flash" not in reasons:
+        chosen, reason = "flash", f"{scores.pattern!r} is a shape that the fused kernel knows"
+    else:
+        chosen, reason = "tiled", "computes any score and pattern, and skips what it rules out"
+    shape = tiles.tile_shape(scores)
+    if chosen == "dense":
+        pairs, temporary = scores.n_q * scores.n_k, 3 * scores.n_q * scores.n_k * scores.heads
+    else:
+        pairs = _visited(scores, shape)
+        temporary = shape[0] * shape[1] * shape[2] * scores.group * 2
+    if chosen in ("dense", "flash"):
+        reasons.setdefault("tiled", "the fused kernel is quicker" if chosen == "flash" else "")
+    d = scores.q.shape[-1]
+    return Plan(
+        backend=chosen,
+        reason=reason,
+        flops=4 * d * pairs * scores.heads * scores.batch,
+        bytes=temporary * scores.dtype.itemsize if chosen != "flash" else 0,
+        density=pairs / max(1, scores.n_q * scores.n_k),
+        refused={name: why for name, why in reasons.items() if why and name != chosen},
+    )
+
+
+def _visited(scores: Scores, shape: tuple[int, int, int]) -> int:
+    """(query, key) pairs inside the tiles that are computed, for one head of one sequence."""
+    total = 0
+    rows = shape[0]
+    for r0 in range(0, scores.n_q, rows):
+        r1 = min(r0 + rows, scores.n_q)
+        seen = scores.pattern.ranges(r0 + scores.offset, r1 + scores.offset, scores.n_k)
+        total += (r1 - r0) * sum(high - low for low, high in seen.possible)
+    return total
+
+
+def _needs_gradient(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+
+
+def _check_values(scores: Scores, v: Tensor) -> None:
+    if v.dim() != 4 or v.shape[:3] != scores.k.shape[:3]:
+        raise ValueError(
+            f"v must be (batch, kv_heads, n_k, d_v) = ({scores.batch}, {scores.kv_heads}, "
+            f"{scores.n_k}, any), not {tuple(v.shape)}"
+        )
+
+
+__all__ = ["BACKENDS", "Full", "Plan", "attend", "explain", "plan"]
