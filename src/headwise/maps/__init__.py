@@ -2,22 +2,8 @@
 
 from headwise.maps.attend import Plan, attend, explain
 from headwise.maps.map import AttentionMap
-from headwise.maps.pattern import (
-    And,
-    Causal,
-    Dilated,
-    Documents,
-    Full,
-    KeyMask,
-    Mask,
-    Not,
-    Or,
-    Padding,
-    Pattern,
-    Predicate,
-    Sinks,
-    Window,
-)
+from headwise.maps.masks import Documents, KeyMask, Mask, Padding, Predicate
+from headwise.maps.pattern import And, Causal, Dilated, Full, Not, Or, Pattern, Sinks, Window
 from headwise.maps.scores import Alibi, Bias
 from headwise.maps.summary import MapSummary
 

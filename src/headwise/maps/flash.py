@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from headwise.maps import kernels
-from headwise.maps.pattern import And, Full, KeyMask, Padding, Pattern, Window, runs
+from headwise.maps.masks import KeyMask, Padding, runs
+from headwise.maps.pattern import And, Full, Pattern, Window
 from headwise.maps.scores import Alibi, Scores
 
 NEGATIVE_INFINITY = float("-inf")
@@ -39,8 +40,8 @@ def band_of(pattern: Pattern, n_k: int) -> Band | None:
         return Band(pattern.left, pattern.right, ((0, n_k),))
     if isinstance(pattern, Padding):
         lengths = [int(n) for n in pattern.lengths.reshape(-1)]
-        keys = [(n_k - n, n_k) if pattern.left else (0, n) for n in lengths]
-        return Band(None, None, tuple(keys))
+        keys = tuple((n_k - n, n_k) if pattern.left else (0, n) for n in lengths)
+        return Band(None, None, keys)
     if isinstance(pattern, KeyMask):
         rows = pattern.keys if pattern.keys.dim() == 2 else pattern.keys[None]
         found = [runs(row, sure=True) or ((0, 0),) for row in rows]
@@ -55,10 +56,11 @@ def band_of(pattern: Pattern, n_k: int) -> Band | None:
             return None
         size = max(len(a.keys), len(b.keys))
         mine, theirs = (x.keys if len(x.keys) == size else x.keys * size for x in (a, b))
-        keys = tuple((max(x[0], y[0]), min(x[1], y[1])) for x, y in zip(mine, theirs, strict=True))
+        both = zip(mine, theirs, strict=True)
+        runs_of_both = tuple((max(x[0], y[0]), min(x[1], y[1])) for x, y in both)
         left = min((x.left for x in (a, b) if x.left is not None), default=None)
         right = min((x.right for x in (a, b) if x.right is not None), default=None)
-        return Band(left, right, keys)
+        return Band(left, right, runs_of_both)
     return None
 
 
@@ -87,7 +89,7 @@ def fold_bias(scores: Scores) -> tuple[Tensor, Tensor, float]:
     """(q, k, scale) with a bilinear bias folded in as extra coordinates."""
     if not isinstance(scores.bias, Alibi):
         return scores.q, scores.k, scores.scale
-    # scale * (q . k) - slope * i + slope * j = scale * ([q, -slope i / scale, slope / scale] . [k, 1, j])
+    # scale q.k - slope i + slope j = scale [q, -slope i / scale, slope / scale] . [k, 1, j]
     slopes = torch.tensor(scores.bias.slopes, device=scores.device)[:, None] / scores.scale
     i = scores.positions().float()
     j = torch.arange(scores.n_k, device=scores.device).float()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -231,7 +232,7 @@ class Scores:
                 cuts = sorted(
                     {low, high} | {c for edge in seen.certain for c in edge if low < c < high}
                 )
-                for a, b in zip(cuts, cuts[1:], strict=False):
+                for a, b in pairwise(cuts):
                     sure = covers(seen.certain, a, b)
                     tiles += [(c, min(c + columns, b), not sure) for c in range(a, b, columns)]
             for b0 in range(self.batch):
