@@ -16,7 +16,7 @@ from safetensors import safe_open
 
 from headwise.instruments.atlas import Atlas, AtlasFileError, Column
 
-TRICKY = "\ud800 lone, Ġé 🙂 \x00 \" \\ </script>"
+TRICKY = '\ud800 lone, Ġé 🙂 \x00 " \\ </script>'
 
 
 def an_atlas(**changes: Any) -> Atlas:
@@ -32,14 +32,27 @@ def an_atlas(**changes: Any) -> Atlas:
     }
     parts: dict[str, Any] = {
         "layers": {"layer": np.arange(2), "residual_norm": np.array([1.5, np.nan])},
-        "pairs": {"similarity": rng.normal(size=(6, 6)),
-                  "similarity_se": rng.normal(size=(6, 6)).astype(np.float32)},
+        "pairs": {
+            "similarity": rng.normal(size=(6, 6)),
+            "similarity_se": rng.normal(size=(6, 6)).astype(np.float32),
+        },
         "spread": {"entropy": rng.normal(size=6)},
         "reasons": [f"because {i}" for i in range(6)],
-        "tiles": [{"head": 4, "start": 7, "tokens": ["a", TRICKY],
-                   "weights": rng.normal(size=(2, 2)).astype(np.float32)}],
-        "provenance": {"model": "toy", "texts": [{"name": "t", "sha256": "0", "tokens": 2048}],
-                       "dtype": "float32", "seconds": 1.25, "settings": {"seed": 0, "out": None}},
+        "tiles": [
+            {
+                "head": 4,
+                "start": 7,
+                "tokens": ["a", TRICKY],
+                "weights": rng.normal(size=(2, 2)).astype(np.float32),
+            }
+        ],
+        "provenance": {
+            "model": "toy",
+            "texts": [{"name": "t", "sha256": "0", "tokens": 2048}],
+            "dtype": "float32",
+            "seconds": 1.25,
+            "settings": {"seed": 0, "out": None},
+        },
     }
     parts.update(changes)
     heads.update(parts.pop("heads", {}))
@@ -48,12 +61,16 @@ def an_atlas(**changes: Any) -> Atlas:
 
 def an_encoder_decoder() -> Atlas:
     """One head number in three places."""
-    return Atlas(heads={
-        "stack": np.array(["encoder", "decoder", "decoder"]),
-        "attention": np.array(["self", "self", "cross"]),
-        "layer": np.zeros(3, dtype=np.int64), "head": np.zeros(3, dtype=np.int64),
-        "kind": np.array(["broad", "sink", "broad"]), "entropy": np.array([1.0, 2.0, 3.0]),
-    })
+    return Atlas(
+        heads={
+            "stack": np.array(["encoder", "decoder", "decoder"]),
+            "attention": np.array(["self", "self", "cross"]),
+            "layer": np.zeros(3, dtype=np.int64),
+            "head": np.zeros(3, dtype=np.int64),
+            "kind": np.array(["broad", "sink", "broad"]),
+            "entropy": np.array([1.0, 2.0, 3.0]),
+        }
+    )
 
 
 def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
@@ -65,7 +82,7 @@ def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
 def header_of(path: Path) -> tuple[dict[str, Any], bytes]:
     raw = path.read_bytes()
     (length,) = struct.unpack("<Q", raw[:8])
-    return json.loads(raw[8:8 + length]), raw[8 + length:]
+    return json.loads(raw[8 : 8 + length]), raw[8 + length :]
 
 
 def with_header(path: Path, header: dict[str, Any], body: bytes) -> None:
@@ -90,7 +107,9 @@ def test_round_trip_is_bit_exact(tmp_path: Path) -> None:
     assert back.tiles[0]["tokens"] == ["a", TRICKY]
     assert same_bits(back.tiles[0]["weights"], atlas.tiles[0]["weights"])
     assert {k: v for k, v in back.tiles[0].items() if k in ("head", "start")} == {
-        "head": 4, "start": 7}
+        "head": 4,
+        "start": 7,
+    }
 
 
 def test_signalling_nan_payload_survives(tmp_path: Path) -> None:
@@ -110,8 +129,13 @@ def test_views_and_byte_orders_are_stored_by_value(tmp_path: Path) -> None:
 
 
 def test_smallest_atlas_round_trips(tmp_path: Path) -> None:
-    empty = Atlas(heads={"layer": np.zeros(0, np.int64), "head": np.zeros(0, np.int64),
-                         "kind": np.zeros(0, "U1")})
+    empty = Atlas(
+        heads={
+            "layer": np.zeros(0, np.int64),
+            "head": np.zeros(0, np.int64),
+            "kind": np.zeros(0, "U1"),
+        }
+    )
     back = Atlas.load(empty.save(tmp_path / "a"))
     assert len(back) == 0
     assert list(back.heads) == ["layer", "head", "kind"]
@@ -134,8 +158,15 @@ def test_any_safetensors_reader_can_read_it(tmp_path: Path) -> None:
 
 
 def test_provenance_of_awkward_types_is_saved(tmp_path: Path) -> None:
-    atlas = an_atlas(provenance={"path": Path("m"), "n": np.int64(3), "x": float("nan"),
-                                 "t": (1, np.float32(0.5)), "a": np.arange(2)})
+    atlas = an_atlas(
+        provenance={
+            "path": Path("m"),
+            "n": np.int64(3),
+            "x": float("nan"),
+            "t": (1, np.float32(0.5)),
+            "a": np.arange(2),
+        }
+    )
     back = Atlas.load(atlas.save(tmp_path / "a"))
     assert back.provenance == {"path": "m", "n": 3, "x": None, "t": [1, 0.5], "a": [0, 1]}
 
@@ -248,8 +279,10 @@ def test_tables_that_do_not_fit_together() -> None:
 
 
 def test_columns_are_described() -> None:
-    atlas = an_atlas(heads={"own": np.zeros(6)}, columns={
-        "entropy": Column("entropy", "bits", "Not the usual one.", "here")})
+    atlas = an_atlas(
+        heads={"own": np.zeros(6)},
+        columns={"entropy": Column("entropy", "bits", "Not the usual one.", "here")},
+    )
     assert atlas.describe("entropy") == "entropy [bits]: Not the usual one. Source: here."
     assert atlas.describe("sink_mass").startswith("sink_mass [share]: Mass on the first token")
     assert "no description" in atlas.describe("own")
@@ -311,7 +344,13 @@ def test_top() -> None:
     assert [entry["row"] for entry in atlas.top("sink_mass", 2, smallest=True)] == [1, 2]
     assert len(atlas.top("sink_mass", 99)) == 5  # NaN is no value
     assert atlas.top("similar_to", 1)[0] == {
-        "row": 3, "layer": 1, "head": 0, "kind": "sink", "similar_to": 5, "reason": "because 3"}
+        "row": 3,
+        "layer": 1,
+        "head": 0,
+        "kind": "sink",
+        "similar_to": 5,
+        "reason": "because 3",
+    }
     with pytest.raises(KeyError, match="no head column 'sink'"):
         atlas.top("sink")
     with pytest.raises(TypeError, match="holds names"):
@@ -362,8 +401,10 @@ def test_html_is_escaped() -> None:
 
 def test_loading_needs_neither_torch_nor_transformers(tmp_path: Path) -> None:
     path = an_atlas().save(tmp_path / "a")
-    code = ("import sys; from headwise.instruments import Atlas; "
-            f"a = Atlas.load({str(path)!r}); repr(a); "
-            "print([m for m in ('torch', 'transformers', 'pandas') if m in sys.modules])")
+    code = (
+        "import sys; from headwise.instruments import Atlas; "
+        f"a = Atlas.load({str(path)!r}); repr(a); "
+        "print([m for m in ('torch', 'transformers', 'pandas') if m in sys.modules])"
+    )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"

@@ -54,20 +54,28 @@ class Atlas:
     def __post_init__(self) -> None:
         for name in ("layer", "head"):
             if name not in self.heads:
-                raise ValueError(f"an Atlas needs the head column {name!r}; given: "
-                                 f"{', '.join(self.heads) or 'none'}")
+                raise ValueError(
+                    f"an Atlas needs the head column {name!r}; given: "
+                    f"{', '.join(self.heads) or 'none'}"
+                )
         for table in ("heads", "layers", "pairs", "spread"):
             entries = getattr(self, table)
             setattr(self, table, {name: _column(values) for name, values in entries.items()})
         count = len(self)
         layers = len(next(iter(self.layers.values()), ()))
-        wanted = {"heads": (count,), "spread": (count,), "layers": (layers,),
-                  "pairs": (count, count)}
+        wanted = {
+            "heads": (count,),
+            "spread": (count,),
+            "layers": (layers,),
+            "pairs": (count, count),
+        }
         for table, shape in wanted.items():
             for name, values in getattr(self, table).items():
                 if values.shape != shape:
-                    raise ValueError(f"{table}[{name!r}] has shape {values.shape}, expected "
-                                     f"{shape}: one entry for each row of the table")
+                    raise ValueError(
+                        f"{table}[{name!r}] has shape {values.shape}, expected "
+                        f"{shape}: one entry for each row of the table"
+                    )
         if self.reasons and len(self.reasons) != count:
             raise ValueError(f"{len(self.reasons)} reasons for {count} heads")
         for name in (*self.heads, *self.layers):
@@ -83,8 +91,7 @@ class Atlas:
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write one safetensors file, all of it or nothing; return its path."""
         content = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        content["columns"] = [asdict(column) | {"key": key}
-                              for key, column in self.columns.items()]
+        content["columns"] = [asdict(column) | {"key": key} for key, column in self.columns.items()]
         return atlas_file.write_file(path, content)
 
     @classmethod
@@ -118,8 +125,11 @@ class Atlas:
 
     def name(self, row: int) -> str:
         """A short name of the head in this row: L3H4, or "decoder cross L3H4" where needed."""
-        where = [str(self.heads[key][row]) for key in ("stack", "attention")
-                 if key in self.heads and len(set(self.heads[key].tolist())) > 1]
+        where = [
+            str(self.heads[key][row])
+            for key in ("stack", "attention")
+            if key in self.heads and len(set(self.heads[key].tolist())) > 1
+        ]
         return " ".join([*where, f"L{self.heads['layer'][row]}H{self.heads['head'][row]}"])
 
     def row(
@@ -129,13 +139,18 @@ class Atlas:
 
         Raises LookupError if there is none, or several in different stacks or attentions.
         """
-        rows = [row for row in self._rows(None, stack, attention)
-                if self.heads["layer"][row] == layer and self.heads["head"][row] == head]
+        rows = [
+            row
+            for row in self._rows(None, stack, attention)
+            if self.heads["layer"][row] == layer and self.heads["head"][row] == head
+        ]
         if len(rows) == 1:
             return rows[0]
         asked = f"layer {layer}, head {head}" + "".join(
-            f", {key} {value!r}" for key, value in (("stack", stack), ("attention", attention))
-            if value is not None)
+            f", {key} {value!r}"
+            for key, value in (("stack", stack), ("attention", attention))
+            if value is not None
+        )
         if rows:
             found = "; ".join(self.name(row) for row in rows)
             raise LookupError(f"{asked} is several heads ({found}): give stack= and attention=")
@@ -182,14 +197,18 @@ class Atlas:
         if mask is not None:
             allowed = np.asarray(mask)
             if allowed.shape != (len(self),) or allowed.dtype != bool:
-                raise ValueError(f"mask has shape {allowed.shape} and dtype {allowed.dtype}; "
-                                 f"expected ({len(self)},) bool, one entry a head")
+                raise ValueError(
+                    f"mask has shape {allowed.shape} and dtype {allowed.dtype}; "
+                    f"expected ({len(self)},) bool, one entry a head"
+                )
             rows = [row for row in rows if allowed[row]]
         for key in ("stack", "attention"):
             met = sorted({str(self.heads[key][row]) for row in rows} if key in self.heads else ())
             if len(met) > 1:
-                raise ValueError(f"heads of several {key}s meet this ({', '.join(met)}), which "
-                                 f"(layer, head) does not tell apart: give {key}=")
+                raise ValueError(
+                    f"heads of several {key}s meet this ({', '.join(met)}), which "
+                    f"(layer, head) does not tell apart: give {key}="
+                )
         return [(int(self.heads["layer"][row]), int(self.heads["head"][row])) for row in rows]
 
     def heads_of(
@@ -232,16 +251,18 @@ class Atlas:
                 continue
             met = sorted(set(self.heads[key].tolist())) if key in self.heads else []
             if value not in met:
-                raise ValueError(f"no {key} {value!r} in this atlas; it has "
-                                 f"{', '.join(met) or 'no such column'}")
+                raise ValueError(
+                    f"no {key} {value!r} in this atlas; it has {', '.join(met) or 'no such column'}"
+                )
             keep &= self.heads[key] == value
         if kind is not None:
             kinds = [kind] if isinstance(kind, str) else list(kind)
             given = set(self.heads["kind"].tolist()) if "kind" in self.heads else set()
             unknown = [name for name in kinds if name not in given | set(KINDS)]
             if unknown:
-                raise ValueError(f"no kind {', '.join(map(repr, unknown))}; kinds are "
-                                 f"{', '.join(KINDS)}")
+                raise ValueError(
+                    f"no kind {', '.join(map(repr, unknown))}; kinds are {', '.join(KINDS)}"
+                )
             if "kind" not in self.heads:
                 raise ValueError("this atlas has no kinds: see headwise.instruments.kinds.label")
             keep &= np.isin(self.heads["kind"], kinds)

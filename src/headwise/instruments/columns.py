@@ -42,27 +42,32 @@ _IDENTITY = (
 
 _SINKS = (
     Column(
-        "sink_mass", "share",
+        "sink_mass",
+        "share",
         "Mass on the first token that is not padding.",
         f"Xiao et al. 2023, arXiv 2309.17453; {_GU}, section 3",
     ),
     Column(
-        "found_sink_mass", "share",
+        "found_sink_mass",
+        "share",
         "Mass on sinks found anywhere: keys whose mean weight over the rows that see them is high.",
         f"{_GU}, section 3 (mean weight above a threshold of 0.3)",
     ),
     Column(
-        "dormant_share", "share",
+        "dormant_share",
+        "share",
         "Share of inputs on which more than half of the head's mass goes to sinks.",
         f"{_GUO} (active and dormant heads)",
     ),
     Column(
-        "value_drain", "ratio",
+        "value_drain",
+        "ratio",
         "Norm of the values at sinks over the mean norm of the other values; far below 1: drained.",
         f"{_GUO} (value-state drain)",
     ),
     Column(
-        "received_concentration", "share",
+        "received_concentration",
+        "share",
         "How few keys receive the mass: 1 if one key gets all, 1/n if all n get the same.",
         "sum_j c_j^2 with c_j = received_j / sum of received (Herfindahl index)",
     ),
@@ -71,27 +76,32 @@ _SINKS = (
 _SHAPE = (
     Column("entropy", "nats", "Entropy of a row of the map.", f"{_CLARK}, section 3.3"),
     Column(
-        "entropy_share", "share",
+        "entropy_share",
+        "share",
         "Entropy as a share of the largest possible: 1 if all visible keys weigh the same.",
         "sum_i H_i / sum_i ln(number of keys that row i may see)",
     ),
     Column(
-        "effective_keys", "keys",
+        "effective_keys",
+        "keys",
         "Effective number of keys a row attends to.",
         "mean_i exp(H_i); Hill 1973, order 1",
     ),
     Column(
-        "max_weight", "share",
+        "max_weight",
+        "share",
         "Largest weight of a row.",
         "Voita et al. 2019, arXiv 1905.09418, section 3 (confidence)",
     ),
     Column(
-        "mean_distance", "tokens",
+        "mean_distance",
+        "tokens",
         "Distance i - j back to the keys, weighted by the map; negative: ahead.",
         "Vig and Belinkov 2019, arXiv 1906.04284, section 4",
     ),
     Column(
-        "distance_std", "tokens",
+        "distance_std",
+        "tokens",
         "Standard deviation of the distance inside a row.",
         "mean_i sqrt(sum_j p_ij (i - j - mean_i)^2)",
     ),
@@ -104,18 +114,21 @@ _PLACES = (
     Column("local_8", "share", "Mass on keys nearer than 8 tokens.", "|i - j| < 8"),
     Column("local_64", "share", "Mass on keys nearer than 64 tokens.", "|i - j| < 64"),
     Column(
-        "delimiter_mass", "share",
+        "delimiter_mass",
+        "share",
         "Mass on punctuation, line ends and special tokens.",
         f"{_CLARK}, section 3.2",
     ),
     Column(
-        "positional", "share",
+        "positional",
+        "share",
         "Mass explained by offset alone on the given input: what each row shares with the head's "
         "mean offset profile, over offsets nearer than 8.",
         "mean_i sum_d min(p_i,i-d , a_d) with a_d = mean_i p_i,i-d and |d| < 8",
     ),
     Column(
-        "positional_random", "share",
+        "positional_random",
+        "share",
         "The same on random tokens, where the content of one row says nothing about another.",
         "as positional, on the repeated random sequence",
     ),
@@ -123,33 +136,39 @@ _PLACES = (
 
 _CONTENT = (
     Column(
-        "same_token", "share",
+        "same_token",
+        "share",
         "Mass on earlier places of the same token, on the given text.",
         "Wang et al. 2022, arXiv 2211.00593 (duplicate token heads)",
     ),
     Column(
-        "induction_text", "share",
+        "induction_text",
+        "share",
         "Mass on tokens that follow an earlier place of the same token, on the given text.",
         f"{_OLSSON} (prefix matching)",
     ),
     Column(
-        "induction_score", "share",
+        "induction_score",
+        "share",
         "Mass on the token after the earlier place of the same token, second half of a repeated "
         "random sequence.",
         f"{_OLSSON}, prefix matching score",
     ),
     Column(
-        "previous_token_score", "share",
+        "previous_token_score",
+        "share",
         "Mass on the token just before, on random tokens.",
         f"{_OLSSON}, previous token heads",
     ),
     Column(
-        "duplicate_token_score", "share",
+        "duplicate_token_score",
+        "share",
         "Mass on the earlier place of the same token, second half of a repeated random sequence.",
         "Wang et al. 2022, arXiv 2211.00593 (duplicate token heads)",
     ),
     Column(
-        "retrieval_score", "share",
+        "retrieval_score",
+        "share",
         "Share of needle tokens that the head copies: its largest weight lies on the needle's "
         "token that comes next.",
         "Wu et al. 2024, arXiv 2404.15574, equation 1",
@@ -158,34 +177,40 @@ _CONTENT = (
 
 _EFFECT = (
     Column(
-        "residual_share", "ratio",
+        "residual_share",
+        "ratio",
         "Norm of what the head writes over the norm of the residual stream it is added to.",
         "mean_i |W_O o_i| / |x_i|; Kobayashi et al. 2020, arXiv 2004.10102, equation 4",
     ),
     Column(
-        "ov_copying", "score",
+        "ov_copying",
+        "score",
         "Copying score from the weights: 1 if attending to a token raises that token's own logit, "
         "-1 if it lowers it.",
         f"{_ELHAGE}, eigenvalues of W_U W_O W_V W_E: sum(lambda) / sum(|lambda|)",
     ),
     Column(
-        "qk_matching", "score",
+        "qk_matching",
+        "score",
         "Matching score from the weights, positions left out: 1 if tokens look for themselves, "
         "-1 if they avoid themselves.",
         f"{_ELHAGE}, eigenvalues of W_E^T W_Q^T W_K W_E: sum(lambda) / sum(|lambda|)",
     ),
     Column(
-        "output_norm", "norm",
+        "output_norm",
+        "norm",
         "Frobenius norm of the output-value circuit.",
         f"|W_O W_V|_F; {_ELHAGE}",
     ),
     Column(
-        "similarity", "cosine",
+        "similarity",
+        "cosine",
         "Cosine of the head's map with that of the most similar other head, on sampled rows.",
         "<P_a, P_b> / (|P_a| |P_b|)",
     ),
-    Column("similar_to", "index", "Row of this table that holds the most similar other head; -1: "
-           "none."),
+    Column(
+        "similar_to", "index", "Row of this table that holds the most similar other head; -1: none."
+    ),
 )
 
 _LAYERS = (
@@ -193,27 +218,32 @@ _LAYERS = (
     Column("stack", "name", "Stack of layers: decoder, encoder, vision ..."),
     Column("residual_norm", "norm", "Norm of the residual stream after the layer, mean of tokens."),
     Column(
-        "residual_peak", "norm",
+        "residual_peak",
+        "norm",
         "Largest magnitude of any number in the residual stream after the layer.",
         "Sun et al. 2024, arXiv 2402.17762 (massive activations)",
     ),
     Column(
-        "residual_peak_ratio", "ratio",
+        "residual_peak_ratio",
+        "ratio",
         "That peak over the median magnitude.",
         "Sun et al. 2024, arXiv 2402.17762",
     ),
     Column(
-        "attention_share", "share",
+        "attention_share",
+        "share",
         "Share of the attention in the layer's update of the residual stream.",
         "|attention| / (|attention| + |mlp|), norms of what each adds",
     ),
     Column(
-        "update_share", "ratio",
+        "update_share",
+        "ratio",
         "Norm of the layer's whole update over the norm of what came in.",
         "|x_out - x_in| / |x_in|",
     ),
     Column(
-        "next_similarity", "cosine",
+        "next_similarity",
+        "cosine",
         "How much the layer's maps are like the next layer's: mean over its heads of the best "
         "cosine with a head there.",
         "mean_a max_b cosine(P_a, P_b)",
@@ -234,7 +264,5 @@ def columns(*names: str) -> tuple[Column, ...]:
     """
     missing = [name for name in names if name not in COLUMNS]
     if missing:
-        raise KeyError(
-            f"no column named {', '.join(missing)}; known: {', '.join(sorted(COLUMNS))}"
-        )
+        raise KeyError(f"no column named {', '.join(missing)}; known: {', '.join(sorted(COLUMNS))}")
     return tuple(COLUMNS[name] for name in names)

@@ -28,20 +28,31 @@ _MARKS = {
 
 
 def _title(atlas: "Atlas") -> str:
-    layers = len({(str(stack), int(layer)) for stack, layer in zip(
-        atlas.heads.get("stack", [""] * len(atlas)), atlas.heads["layer"], strict=True)})
+    layers = len(
+        {
+            (str(stack), int(layer))
+            for stack, layer in zip(
+                atlas.heads.get("stack", [""] * len(atlas)), atlas.heads["layer"], strict=True
+            )
+        }
+    )
     model = atlas.provenance.get("model")
-    return (f"Atlas of {model or 'a model'}: {len(atlas)} heads in {layers} layers, "
-            f"{len(atlas.heads)} columns")
+    return (
+        f"Atlas of {model or 'a model'}: {len(atlas)} heads in {layers} layers, "
+        f"{len(atlas.heads)} columns"
+    )
 
 
 def _inputs(atlas: "Atlas") -> str:
     known = atlas.provenance
     texts = known.get("texts") or []
     tokens = sum(text.get("tokens") or 0 for text in texts)
-    parts = [f"{len(texts)} text{'s' * (len(texts) != 1)}" if texts else "",
-             f"{tokens:,} tokens" if tokens else "",
-             str(known.get("dtype") or ""), str(known.get("device") or "")]
+    parts = [
+        f"{len(texts)} text{'s' * (len(texts) != 1)}" if texts else "",
+        f"{tokens:,} tokens" if tokens else "",
+        str(known.get("dtype") or ""),
+        str(known.get("device") or ""),
+    ]
     return ", ".join(part for part in parts if part)
 
 
@@ -66,9 +77,11 @@ def as_html(atlas: "Atlas") -> str:
     """The same with a map of the kinds, layers by heads, for a notebook cell."""
     parts = [f"<div><b>{escape(_title(atlas))}</b><br>{escape(_inputs(atlas))}</div>"]
     if _kinds(atlas):
-        parts.append("<div>" + " ".join(
-            f"{_cell(kind, kind)} {escape(kind)} {n}&ensp;" for kind, n in _kinds(atlas)
-        ) + "</div>")
+        parts.append(
+            "<div>"
+            + " ".join(f"{_cell(kind, kind)} {escape(kind)} {n}&ensp;" for kind, n in _kinds(atlas))
+            + "</div>"
+        )
         if len(atlas) <= _MOST_CELLS:
             parts.append(_map(atlas))
     return "".join(parts)
@@ -76,19 +89,26 @@ def as_html(atlas: "Atlas") -> str:
 
 def _cell(kind: str, title: str) -> str:
     letters, colour = _MARKS.get(kind, (kind[:2], "#9aa0a8"))
-    return (f'<span title="{escape(title)}" style="background:{colour};color:#fff;'
-            f'font:11px monospace;padding:0 3px;border-radius:2px">{escape(letters)}</span>')
+    return (
+        f'<span title="{escape(title)}" style="background:{colour};color:#fff;'
+        f'font:11px monospace;padding:0 3px;border-radius:2px">{escape(letters)}</span>'
+    )
 
 
 def _map(atlas: "Atlas") -> str:
     rows: dict[tuple[str, ...], list[str]] = {}
-    places = [key for key in ("stack", "attention") if key in atlas.heads
-              and len(set(atlas.heads[key].tolist())) > 1]
+    places = [
+        key
+        for key in ("stack", "attention")
+        if key in atlas.heads and len(set(atlas.heads[key].tolist())) > 1
+    ]
     for row in range(len(atlas)):
         line = (*(str(atlas.heads[key][row]) for key in places), f"L{atlas.heads['layer'][row]}")
         kind = str(atlas.heads["kind"][row])
         reason = f": {atlas.reasons[row]}" if atlas.reasons else ""
         rows.setdefault(line, []).append(_cell(kind, f"{atlas.name(row)} {kind}{reason}"))
-    lines = "".join(f"<div><code>{escape(' '.join(line))}</code> {' '.join(cells)}</div>"
-                    for line, cells in rows.items())
+    lines = "".join(
+        f"<div><code>{escape(' '.join(line))}</code> {' '.join(cells)}</div>"
+        for line, cells in rows.items()
+    )
     return f'<div style="line-height:1.5">{lines}</div>'
