@@ -68,9 +68,8 @@ def build_parser() -> Parser:
         commands, "show", "headwise.cli.atlases:show", "print the table of an atlas, a line a head"
     )
     show.add_argument("atlas", metavar="ATLAS", type=Path, help="atlas file, or folder of a run")
-    show.add_argument(
-        "--sort", metavar="COLUMN", help="largest first; -COLUMN or COLUMN:up for smallest first"
-    )
+    show.add_argument("--sort", metavar="COLUMN", help="order by this column, largest first")
+    show.add_argument("--ascending", action="store_true", help="with --sort: smallest first")
     show.add_argument("--kind", metavar="KIND", help="only heads of this kind")
     show.add_argument(
         "--columns", type=names, metavar="A,B", help="these columns (default: a choice)"
