@@ -90,13 +90,15 @@ def fold_bias(scores: Scores) -> tuple[Tensor, Tensor, float]:
     if not isinstance(scores.bias, Alibi):
         return scores.q, scores.k, scores.scale
     # scale q.k - slope i + slope j = scale [q, -slope i / scale, slope / scale] . [k, 1, j]
-    slopes = torch.tensor(scores.bias.slopes, device=scores.device)[:, None] / scores.scale
-    i = scores.positions().float()
-    j = torch.arange(scores.n_k, device=scores.device).float()
+    slopes = torch.tensor(scores.bias.slopes, device=scores.device, dtype=scores.dtype)
+    slopes = slopes[:, None] / scores.scale
+    dtype = scores.dtype
+    i = scores.positions().to(dtype)
+    j = torch.arange(scores.n_k, device=scores.device, dtype=dtype)
     left = torch.stack([-slopes * i, slopes.expand(-1, len(i))], -1)
     right = torch.stack([torch.ones_like(j), j], -1)
-    q = torch.cat([scores.q.float(), left.expand(scores.batch, -1, -1, -1)], -1)
-    k = torch.cat([scores.k.float(), right.expand(scores.batch, scores.kv_heads, -1, -1)], -1)
+    q = torch.cat([scores.q.to(dtype), left.expand(scores.batch, -1, -1, -1)], -1)
+    k = torch.cat([scores.k.to(dtype), right.expand(scores.batch, scores.kv_heads, -1, -1)], -1)
     return q, k, scores.scale
 
 

@@ -51,6 +51,8 @@ def mass_at(scores: Scores, lse: Tensor, index: Tensor) -> Tensor:
     i = s.positions()
     for b in range(s.batch):
         at = (index[b] >= 0).nonzero()[:, 0]
+        if not len(at):
+            continue
         j = index[b, at]
         # one key-value head at a time: the gathered keys are as large as the keys
         q = s.q[b, :, at].to(s.dtype).view(s.kv_heads, s.group, len(at), -1)
@@ -78,6 +80,8 @@ def mass_matching(scores: Scores, lse: Tensor, query_ids: Tensor, key_ids: Tenso
         low = torch.searchsorted(ids_k, ids_q)
         high = torch.searchsorted(ids_k, ids_q, right=True)
         some = (high > low).nonzero()[:, 0]
+        if not len(some):
+            continue
         q_order, ids_q, low, high = q_order[some], ids_q[some], low[some], high[some]
         q = (s.q[b, :, q_order].to(s.dtype) * s.scale).view(s.kv_heads, s.group, len(some), -1)
         k = s.k[b, :, k_order].to(s.dtype)

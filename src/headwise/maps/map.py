@@ -20,7 +20,9 @@ ENGINES = ("auto", "algebra", "tiles", "dense")
 DENSE_LIMIT = 2**28  # numbers that `dense()` is willing to hold: 1 GiB of float32
 
 # Quicker by the algebra than by one pass of tiles, measured by bench/maps.py on a CPU.
-BY_ALGEBRA = frozenset({"lse", "apply", "transpose_apply", "entropy", "collision", "inner", "kl"})
+BY_ALGEBRA = frozenset(
+    {"lse", "apply", "transpose_apply", "entropy", "collision", "inner", "kl", "distance"}
+)
 
 
 class AttentionMap:
@@ -199,8 +201,6 @@ class AttentionMap:
     @cached_property
     def _moments(self) -> tuple[Tensor, Tensor]:
         with torch.no_grad():
-            if self.engine == "auto":
-                return self._summary.mean_distance, self._summary.distance_variance
             mean, variance = self._engine("distance").distance_moments()
             return mean.float(), variance.float()
 
@@ -212,8 +212,9 @@ class AttentionMap:
     def cosine(self, other: AttentionMap) -> Tensor:
         """Cosine of each row with the other map's row `(batch, heads, n_q)`, in [0, 1]."""
         self._same_shape(other)
-        norm = (self.collision() * other.collision()).sqrt()
-        return (self.inner(other) / norm.clamp_min(1e-30)).clamp_max(1.0)
+        # root by root: the product of two small squares would leave float32
+        norm = self.collision().sqrt() * other.collision().sqrt()
+        return (self.inner(other) / norm.clamp_min(1e-37)).clamp_max(1.0)
 
     def kl(self, other: AttentionMap) -> Tensor:
         """KL(P, P') of each row in nats `(batch, heads, n_q)`; inf where P' forbids what P sees."""
