@@ -34,7 +34,8 @@ def test_commands_and_options_exist() -> None:
     from headwise.cli.parser import build_parser
 
     parser = build_parser()
-    lines = re.findall(r"^headwise (.*)$", README, re.MULTILINE)
+    blocks = re.findall(r"^```\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+    lines = re.findall(r"^headwise (.*)$", "".join(blocks), re.MULTILINE)
     assert len(lines) >= 5
     for line in lines:
         parser.parse_args(shlex.split(line.partition("#")[0]))

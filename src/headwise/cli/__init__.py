@@ -10,6 +10,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     0: done; 1: something unexpected failed; 2: the input was wrong; 130: interrupted.
     """
-    from headwise.cli.main import run
+    from headwise.cli.dispatch import run
 
     return run(argv)

@@ -54,8 +54,11 @@ def show(options: argparse.Namespace) -> int:
     chosen = options.columns or [n for n in (columns if everything else _SHOWN) if n in columns]
     records = [[columns[name][row].item() for name in chosen] for row in rows]
     if options.json:
-        print(json.dumps([dict(zip(chosen, map(_json, record), strict=True)) for record in records],
-                         indent=2))
+        print(
+            json.dumps(
+                [dict(zip(chosen, map(_json, record), strict=True)) for record in records], indent=2
+            )
+        )
     elif options.csv:
         writer = csv.writer(sys.stdout, lineterminator="\n")
         writer.writerow(chosen)
@@ -68,9 +71,9 @@ def show(options: argparse.Namespace) -> int:
 
 def report(options: argparse.Namespace) -> int:
     """Write the HTML report of an atlas and print its path."""
+    atlas = load_atlas(options.atlas)
     from headwise.report import write
 
-    atlas = load_atlas(options.atlas)
     source = options.atlas.expanduser()
     out = options.out or (source if source.is_dir() else source.parent) / "report.html"
     print(write(atlas, out))
@@ -78,8 +81,31 @@ def report(options: argparse.Namespace) -> int:
 
 
 def compare(options: argparse.Namespace) -> int:
-    """Print (or write as a page) what changed between two atlases."""
-    raise NotImplementedError
+    """Print what changed between two atlases, by head; write it as a page where asked."""
+    first, second = load_atlas(options.first), load_atlas(options.second)
+    try:
+        comparison = first.compare(second)
+    except ValueError as error:
+        raise UserError(one_line(error)) from error
+    if options.json:
+        rows = {
+            name: list(map(_json, values.tolist())) for name, values in comparison.table().items()
+        }
+        print(json.dumps({
+            "a": comparison.models[0], "b": comparison.models[1],
+            "warnings": comparison.warnings,
+            "only_a": comparison.only_a, "only_b": comparison.only_b,
+            "heads": [dict(zip(rows, record, strict=True))
+                      for record in zip(*rows.values(), strict=True)],
+        }, indent=2))  # fmt: skip
+    else:
+        print(comparison.text(options.rows))
+    if options.html is not None:
+        from headwise.cli.comparison_page import write_page
+
+        written = write_page(comparison, options.html.expanduser(), options.rows)
+        print(written, file=sys.stderr if options.json else sys.stdout)
+    return 0
 
 
 def _of_kind(atlas: Atlas, options: argparse.Namespace) -> list[int]:

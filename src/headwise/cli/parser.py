@@ -45,13 +45,7 @@ def build_parser() -> Parser:
     compare.add_argument("first", metavar="A", type=Path, help="atlas file, or folder of a run")
     compare.add_argument("second", metavar="B", type=Path, help="the other one")
     compare.add_argument(
-        "--columns",
-        type=names,
-        metavar="A,B",
-        help="only these columns (default: all that both have)",
-    )
-    compare.add_argument(
-        "--rows", type=positive, default=20, metavar="N", help="most changed heads shown (default: 20)"
+        "--rows", type=positive, default=20, metavar="N", help="largest changes (default: 20)"
     )
     compare.add_argument("--html", type=Path, metavar="FILE", help="write it as a page")
     compare.add_argument("--json", action="store_true", help="print it as JSON")

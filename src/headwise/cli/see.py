@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from headwise.cli.errors import Interrupted, UserError, one_line
+from headwise.cli.errors import Interrupted, UserError
 from headwise.cli.sources import closest, model_source, output_folder, read_texts
 
 if TYPE_CHECKING:
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 ATLAS = "atlas.safetensors"
 REPORT = "report.html"
+PARTIAL = "partial"
 # Of each text, unless --tokens says otherwise: enough for sinks, induction and distance to show,
 # and seconds on a small model.
 DEFAULT_TOKENS = 2048
@@ -46,16 +47,45 @@ def run(options: argparse.Namespace) -> int:
             )
             tokens = token_limit(options.tokens, loaded, source.name)
             if loaded.unset:
-                progress.note(f"{len(loaded.unset)} weights outside the layers are not in the "
-                              f"files (such as {loaded.unset[0]}); they do not reach the heads")
+                progress.note(
+                    f"{len(loaded.unset)} weights outside the layers are not in the "
+                    f"files (such as {loaded.unset[0]}); they do not reach the heads"
+                )
             if loaded.trained and tokens > loaded.trained:
-                progress.note(f"{tokens} tokens are more than the {loaded.trained} that "
-                              f"{source.name} is made for")
+                progress.note(
+                    f"{tokens} tokens are more than the {loaded.trained} that "
+                    f"{source.name} is made for"
+                )
             named = texts or default_texts(tokens)
             atlas = measure(options, source.name, loaded, named, tokens, out, progress)
     except KeyboardInterrupt:
         raise Interrupted(_how_to_go_on(options, out)) from None
     return finish(atlas, out, options)
+
+
+def measure(
+    options: argparse.Namespace,
+    name: str,
+    loaded: "Loaded",
+    texts: list[tuple[str, str]],
+    tokens: int,
+    out: Path,
+    progress: Any,
+) -> Any:
+    from headwise.instruments import see
+
+    return see(
+        loaded.model,
+        texts,
+        instruments=options.instruments,
+        tokens=tokens,
+        batch_size=options.batch_size,
+        seed=options.seed,
+        out=out,
+        resume=options.resume,
+        progress=progress,
+        tokenizer=loaded.tokenizer,
+    )
 
 
 def check_output(out: Path, resume: bool, force: bool) -> None:

@@ -130,4 +130,3 @@ def closest(word: str, known: Iterable[str], what: str) -> str:
     near = difflib.get_close_matches(word, choices, n=1, cutoff=0.6)
     hint = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(choices)}"
     return f"no {what} {word!r}; {hint}"
-

@@ -28,8 +28,10 @@ def table(names: Sequence[str], rows: Sequence[Sequence[Any]], indent: int = 0) 
     """Columns wide enough for what they hold; numbers to the right, words to the left."""
     cells = [[number(value) for value in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(names, *cells, strict=True)]
-    right = [bool(rows) and all(isinstance(row[i], int | float) for row in rows)
-             for i in range(len(names))]
+    right = [
+        bool(rows) and all(isinstance(row[i], int | float) for row in rows)
+        for i in range(len(names))
+    ]
     lines = [
         "  ".join(
             cell.rjust(width) if to_right else cell.ljust(width)
