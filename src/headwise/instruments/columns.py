@@ -199,7 +199,7 @@ _EFFECT = (
     Column(
         "output_norm",
         "norm",
-        "Frobenius norm of the output-value circuit.",
+        "Frobenius norm of the output-value circuit, gains of the norms around it folded in.",
         f"|W_O W_V|_F; {_ELHAGE}",
     ),
     Column(

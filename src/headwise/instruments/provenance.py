@@ -89,7 +89,7 @@ def text_entry(name: str, content: str | bytes | Tensor, tokens: int) -> dict[st
         values = content.detach().cpu().to(torch.int64 if whole else torch.float32)
         raw = values.contiguous().numpy()
         little = raw.astype(raw.dtype.newbyteorder("<")).tobytes()
-        data = repr(tuple(raw.shape)).encode() + little
+        data: bytes = repr(tuple(raw.shape)).encode() + little
     elif isinstance(content, str):
         data = content.encode("utf-8", errors="surrogatepass")
     else:
@@ -120,8 +120,8 @@ def weights_hash(source: nn.Module | str | os.PathLike[str]) -> str:
     for file in files:
         digest.update(f"{file.name} {file.stat().st_size}\n".encode())
         with file.open("rb") as stream:
-            while piece := stream.read(_CHUNK):
-                digest.update(piece)
+            while block := stream.read(_CHUNK):
+                digest.update(block)
     return f"sha256:{digest.hexdigest()}"
 
 
