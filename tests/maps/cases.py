@@ -96,13 +96,15 @@ class Case:
         return 8 * eps * max(size, 4.0) + 4e-7  # results are float32
 
 
-def draw_pattern(draw: st.DrawFn, batch: int, n_q: int, n_k: int, depth: int = 2) -> Pattern:
+def draw_pattern(
+    draw: st.DrawFn, batch: int, heads: int, n_q: int, n_k: int, depth: int = 2
+) -> Pattern:
     if depth and draw(st.booleans()):
         kind = draw(st.sampled_from(["and", "or", "not"]))
-        a = draw_pattern(draw, batch, n_q, n_k, depth - 1)
+        a = draw_pattern(draw, batch, heads, n_q, n_k, depth - 1)
         if kind == "not":
             return ~a
-        b = draw_pattern(draw, batch, n_q, n_k, depth - 1)
+        b = draw_pattern(draw, batch, heads, n_q, n_k, depth - 1)
         return a & b if kind == "and" else a | b
     kind = draw(st.sampled_from(PATTERNS))
     if kind == "window":
@@ -125,8 +127,7 @@ def draw_pattern(draw: st.DrawFn, batch: int, n_q: int, n_k: int, depth: int = 2
     if kind == "keymask":
         return KeyMask(torch.rand((rows, n_k), generator=generator) < 0.7)
     if kind == "mask":
-        heads = draw(st.booleans())
-        shape = (rows, 1 if not heads else 1, n_q, n_k)
+        shape = (rows, draw(st.sampled_from([1, heads])), n_q, n_k)
         return Mask(torch.rand(shape, generator=generator) < 0.6)
     if kind == "predicate":
         return Predicate(lambda b, h, i, j: (i + 2 * j + h + b) % 3 != 0)
@@ -183,7 +184,7 @@ def cases(
         if pattern == Causal() and draw(st.booleans()):
             bias = Alibi(tuple(2.0 ** -(h + 1) for h in range(kv * group)))
     else:
-        pattern = draw_pattern(draw, batch, n_q, n_k)
+        pattern = draw_pattern(draw, batch, kv * group, n_q, n_k)
         if shaped:
             table = normal(draw(st.sampled_from([1, batch])), kv * group, 1, n_k)
             bias = draw(

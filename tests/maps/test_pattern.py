@@ -68,7 +68,7 @@ def test_ranges_bound_what_is_allowed(data: st.DataObject) -> None:
     batch = data.draw(st.integers(1, 3))
     n_k = data.draw(st.sampled_from(LENGTHS))
     n_q = data.draw(st.integers(1, n_k))
-    pattern = draw_pattern(data.draw, batch, n_q, n_k, depth=3)
+    pattern = draw_pattern(data.draw, batch, 2, n_q, n_k, depth=3)
     mask = pattern.mask(n_q, n_k, batch, 2).expand(batch, 2, -1, -1)
     step = data.draw(st.integers(1, n_q))
     for start in range(0, n_q, step):
