@@ -1,0 +1,191 @@
+"""Our attention function, as transformers' attention interface calls it.
+
+Both functions, attention and mask, are registered under one name at first use. Without the mask
+function transformers would hand over no mask at all, and causality, padding and windows would
+vanish without a word.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from headwise.maps import Causal, Full, Pattern, Window, attend
+from headwise.models.errors import UnknownAttentionArgumentError
+from headwise.models.masks import mask_function, pattern_of
+
+NAME = "headwise"
+
+INERT = frozenset(
+    {
+        "cache_position",
+        "deterministic",  # of a flash kernel's backward pass
+        "encoder_hidden_states",
+        "labels",
+        "logits_to_keep",
+        "num_items_in_batch",
+        "output_attentions",
+        "output_hidden_states",
+        "output_router_logits",
+        "past_key_values",
+        "position_ids",
+        "return_dict",
+        "sliding_window",  # for flash kernels; the mask says it to everybody else
+        "use_cache",
+    }
+)
+"""Arguments that do not change what an attention with a mask computes."""
+
+PACKING = frozenset({"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"})
+"""Lengths of packed sequences: flash kernels obey them, everybody else looks at the mask."""
+
+
+class Terms(NamedTuple):
+    """What shapes the map, beside queries and keys."""
+
+    pattern: Pattern
+    scale: float | None
+    bias: Tensor | None
+    sinks: Tensor | None
+    softcap: float | None
+    keys: Tensor | None
+
+
+class Observer(Protocol):
+    """Who wants to see the attentions of a model while it runs."""
+
+    def before(self, module: nn.Module) -> str:
+        """The implementation that the module's model had."""
+        ...
+
+    def check(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        terms: Terms,
+        given: dict[str, Any],
+    ) -> None:
+        """Make sure that the terms are what the model means."""
+        ...
+
+    def seen(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        terms: Terms,
+    ) -> None: ...
+
+
+OBSERVERS: dict[int, Observer] = {}
+"""id of an attention module -> who observes it now."""
+
+
+def register() -> None:
+    """Make the name known to transformers: the attention and, always with it, the mask."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    AttentionInterface.register(NAME, attention_function)
+    AttentionMaskInterface.register(NAME, mask_function)
+
+
+def attention_function(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **given: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention interface: query `(batch, heads, n_q, d)`, key and value with
+    their own number of heads, to `(batch, n_q, heads, d_v)`."""
+    observer = OBSERVERS.get(id(module))
+    if observer is None:
+        raise RuntimeError(
+            f"{type(module).__name__} is set to the attention {NAME!r}, which works inside "
+            "`with headwise.models.observe(view, ...)` only; call set_attn_implementation"
+        )
+    if dropout and module.training:
+        raise ValueError(
+            f"{type(module).__name__} drops out attention weights (it is in training mode), so "
+            "its map changes from call to call: call model.eval() first"
+        )
+    terms = interpret(module, query, key, attention_mask, scaling, given, observer.before(module))
+    given = {**given, "scaling": scaling}
+    if key.dtype != query.dtype:
+        key = key.to(query.dtype)
+    observer.check(module, query, key, value, terms, given)
+    out, lse = attend(
+        query, key, value, terms.pattern, terms.scale, terms.bias, terms.sinks, terms.softcap
+    )
+    observer.seen(module, query, key, value, out, lse, terms)
+    return out.transpose(1, 2).contiguous().to(value.dtype), None
+
+
+def interpret(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None,
+    given: dict[str, Any],
+    before: str,
+) -> Terms:
+    """What a call means, given the implementation that the model had `before`.
+
+    Raises UnknownAttentionArgumentError for an argument (other than None) that is not known.
+    """
+    given = dict(given)
+    is_causal = given.pop("is_causal", None)
+    softcap, sinks = given.pop("softcap", None), given.pop("s_aux", None)
+    bias = given.pop("position_bias", None)
+    known = INERT if "flash" in before else INERT | PACKING
+    unknown = sorted(name for name in given if given[name] is not None and name not in known)
+    if unknown:
+        raise UnknownAttentionArgumentError(
+            f"{type(module).__name__} hands {', '.join(unknown)} to its attention. What that does "
+            "to the result is not known here, so it is not observed; known are "
+            "is_causal, position_bias, s_aux, softcap and what changes nothing"
+        )
+    n_q, n_k = query.shape[2], key.shape[2]
+    keys: Tensor | None = None
+    pattern: Pattern
+    if attention_mask is not None:
+        pattern, extra, keys = pattern_of(attention_mask, n_q, n_k)
+        if extra is not None:
+            bias = extra if bias is None else bias + extra
+    else:
+        if is_causal is None:
+            is_causal = getattr(module, "is_causal", True)
+        # eager functions add the mask they are given and nothing else; all others go by
+        # is_causal, which SDPA aligns at the first key
+        pattern = Full()
+        if is_causal and n_q > 1 and before != "eager":
+            pattern = Window(None, n_q - n_k) if before == "sdpa" and n_q != n_k else Causal()
+    if bias is not None and not bool(torch.any(bias)):
+        bias = None  # T5 adds zeros to its cross-attention; without them a kernel can take it
+    if sinks is not None:
+        sinks = sinks.reshape(-1)
+    return Terms(pattern, scaling, bias, sinks, softcap, keys)
+
+
+def original(module: nn.Module, before: str) -> Callable[..., Any] | None:
+    """The function that the module would call under the implementation `before`, if known."""
+    from transformers import AttentionInterface
+
+    if before == "eager":
+        scope = getattr(inspect.unwrap(type(module).forward), "__globals__", {})
+        found: Callable[..., Any] | None = scope.get("eager_attention_forward")
+        return found
+    return AttentionInterface().get(before, None)
