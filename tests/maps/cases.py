@@ -177,7 +177,10 @@ def cases(
     bias: Tensor | Alibi | None = None
     softcap = None
     if patterns == "band":
-        pattern: Pattern = draw(st.sampled_from([Full(), Causal()]))
+        pattern: Pattern = draw(st.sampled_from([Full(), Causal(), None])) or Window(
+            draw(st.one_of(st.none(), st.integers(0, 40))),
+            draw(st.one_of(st.none(), st.integers(0, 40))),
+        )
         if draw(st.booleans()):
             lengths = torch.randint(0, n_k + 1, (batch,), generator=generator)
             pattern = pattern & Padding(lengths, left=draw(st.booleans()), n=n_k)

@@ -100,7 +100,7 @@ class AlgebraEngine:
         for g in range(s.group):
             heads = slice(g, None, s.group)
             queries = torch.cat([s.q[:, heads] * s.scale, log_r[:, heads, :, None]], -1).flip(2)
-            lse = flash.band(keys, queries, value, 1.0, band.right == 0, 0, (0, s.n_q))[1]
+            lse = flash.band(keys, queries, value, 1.0, (band.left, band.right), 0, (0, s.n_q))[1]
             out[:, heads] = lse.flip(2).exp()
         for b, (first, last) in enumerate(band.keys if len(band.keys) > 1 else ()):
             out[b, :, :first] = 0.0

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from headwise.maps import kernels
+from headwise.maps import kernels, windows
 from headwise.maps.masks import KeyMask, Padding, runs
 from headwise.maps.pattern import And, Full, Pattern, Window
 from headwise.maps.scores import Alibi, Scores
@@ -76,10 +76,11 @@ def why_not(scores: Scores) -> str | None:
     band = band_of(scores.pattern, scores.n_k)
     if band is None:
         return f"{scores.pattern!r} is not a band over one run of keys"
-    if band.left is not None and (band.left < scores.n_k or band.right not in (0, None)):
-        return "a limited window leaves most tiles out: tiles skip them, the kernel does not"
-    if band.right not in (0, None):
-        return "a window ahead is not a shape that the kernel knows"
+    limited = not (band.left is None and band.right in (0, None))
+    if limited and scores.device.type != "cpu":
+        return f"the fused kernels on {scores.device.type} take no window here: tiles skip it"
+    if limited and scores.q.requires_grad:
+        return "blocks of a window are written in place: gradients go through the tiles"
     if scores.n_k == 0 or scores.n_q == 0:
         return "there is nothing to compute"
     return kernels.why_not(scores.device, scores.q.dtype, scores.q.shape[-1])
@@ -115,17 +116,25 @@ def band(
     k: Tensor,
     v: Tensor,
     scale: float,
-    causal: bool,
+    window: tuple[int | None, int | None],
     offset: int,
     keys: tuple[int, int],
 ) -> tuple[Tensor, Tensor]:
-    """(out, lse) over keys [first, last), the query of row r standing at r + offset.
+    """(out, lse) over keys [first, last) inside a window, the query of row r at r + offset.
 
-    With `causal`, rows before the first key see nothing, rows after the last see all of them.
+    `window`: (left, right) as in Window. Rows whose window holds none of the keys see nothing.
     """
     n_q = q.shape[2]
     first, last = keys
-    if not causal:
+    left, right = window
+    if not (left is None and right in (0, None)):
+        far = n_q + k.shape[2]
+        left, right = (far if x is None else min(x, far) for x in window)
+        if first >= last or left + right <= 0:
+            return _nothing(q, v)
+        some = k[:, :, first:last], v[:, :, first:last]
+        return windows.attend(q, *some, scale, left, right, offset - first)
+    if right is None:
         if first >= last:
             return _nothing(q, v)
         return kernels.flash(q, k[:, :, first:last], v[:, :, first:last], scale, False)
@@ -169,12 +178,12 @@ def attend(scores: Scores, v: Tensor) -> tuple[Tensor, Tensor]:
     v = v.to(q.dtype)
     shape = band_of(scores.pattern, scores.n_k)
     assert shape is not None  # why_not has been asked
-    causal = shape.right == 0
+    window = shape.left, shape.right
     if len(set(shape.keys)) == 1:
-        out, lse = band(q, k, v, scale, causal, scores.offset, shape.keys[0])
+        out, lse = band(q, k, v, scale, window, scores.offset, shape.keys[0])
     else:
         parts = [
-            band(q[b : b + 1], k[b : b + 1], v[b : b + 1], scale, causal, scores.offset, keys)
+            band(q[b : b + 1], k[b : b + 1], v[b : b + 1], scale, window, scores.offset, keys)
             for b, keys in enumerate(shape.keys)
         ]
         out, lse = torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])

@@ -7,7 +7,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from headwise.maps import algebra
+from headwise.maps import algebra, flash
 from headwise.maps.algebra import AlgebraEngine
 from headwise.maps.dense import DenseEngine
 from headwise.maps.gather import mass_at, mass_matching
@@ -178,6 +178,8 @@ class AttentionMap:
         near = Window(window, window - 1)
         s = self.scores
         part = Scores(s.q, s.k, s.pattern & near, s.scale, s.bias, None, s.softcap)
+        if self.engine in ("auto", "algebra") and flash.why_not(part) is None:
+            return self._share(flash.attend(part, s.k[..., :1])[1])
         none = s.k.new_zeros((*s.k.shape[:3], 0))
         return self._share(online_attend(part, none)[1])
 
