@@ -1,6 +1,7 @@
 """Scores from the weights against eigenvalues of the vocabulary by vocabulary matrices."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -210,6 +211,27 @@ def test_an_unknown_norm_before_leaves_nothing() -> None:
     assert not any(np.isnan(values[4:]).any() for values in found.values())
     assert reasons == ["weights: ReLU is no norm or scaling whose gain could be folded into the "
                        "weights"]  # fmt: skip
+
+
+def test_trained_weights_against_the_whole_matrices(assets: Path) -> None:
+    """A Llama of 260K parameters with 512 tokens: small enough for 512 x 512 eigenvalues."""
+    transformers = pytest.importorskip("transformers")
+    from headwise.models import view
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(assets / "stories260K" / "hf")
+    found, reasons = weight_scores(view(model))
+    assert reasons == []
+    base = model.model
+    e, u = (t.weight.detach().double() for t in (base.embed_tokens, model.lm_head))
+    eye, final = torch.eye(e.shape[1]).double(), torch.diag(base.norm.weight.detach().double())
+    for row in (0, 13, 39):
+        layer, h = base.layers[row // 8], row % 8
+        att = layer.self_attn
+        q = by_head(att.q_proj.weight, 8)[h]
+        k, v = (by_head(p.weight, 4)[h // 2] for p in (att.k_proj, att.v_proj))
+        o = att.o_proj.weight.detach().double()[:, h * 8 : h * 8 + 8]
+        before = torch.diag(layer.input_layernorm.weight.detach().double())
+        assert_scores(found, row, circuits(e, u, q, k, v, o, before, eye, final))
 
 
 # real architectures, built small and random

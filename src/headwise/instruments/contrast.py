@@ -31,7 +31,7 @@ def _texts(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
     if tokens_a != tokens_b:
         return [
             f"the same text, but {tokens_a:,} tokens against {tokens_b:,}: entropies, effective "
-            "keys and distances grow with the length, and sinks shrink"
+            "keys and distances depend on the length"
         ]
     return []
 

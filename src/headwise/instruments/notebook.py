@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 __all__ = ["as_html", "as_text"]
 
 _MOST_CELLS = 4096
-# kind -> two letters and a colour that keeps its contrast on light and on dark pages
+# kind -> two letters, and the colour behind them
 _MARKS = {
     "previous-token": ("pt", "#2f6fb3"),
     "induction": ("in", "#b3412f"),
@@ -23,7 +23,7 @@ _MARKS = {
     "delimiter": ("de", "#7a6a3a"),
     "positional": ("po", "#3f7fa0"),
     "local": ("lo", "#4f8a2f"),
-    "mixed": ("mi", "#9aa0a8"),
+    "mixed": ("mi", "#b4bac2"),
 }
 
 
@@ -79,7 +79,11 @@ def as_html(atlas: "Atlas") -> str:
     if _kinds(atlas):
         parts.append(
             "<div>"
-            + " ".join(f"{_cell(kind, kind)} {escape(kind)} {n}&ensp;" for kind, n in _kinds(atlas))
+            + " ".join(
+                f'<span style="white-space:nowrap">{_cell(kind, kind)} {escape(kind)} {n}&ensp;'
+                "</span>"
+                for kind, n in _kinds(atlas)
+            )
             + "</div>"
         )
         if len(atlas) <= _MOST_CELLS:
@@ -88,27 +92,31 @@ def as_html(atlas: "Atlas") -> str:
 
 
 def _cell(kind: str, title: str) -> str:
-    letters, colour = _MARKS.get(kind, (kind[:2], "#9aa0a8"))
+    letters, colour = _MARKS.get(kind, _MARKS["mixed"])
+    letters = letters if kind in _MARKS else kind[:2]
+    ink = "#222" if colour == _MARKS["mixed"][1] else "#fff"
     return (
-        f'<span title="{escape(title)}" style="background:{colour};color:#fff;'
+        f'<span title="{escape(title)}" style="background:{colour};color:{ink};'
         f'font:11px monospace;padding:0 3px;border-radius:2px">{escape(letters)}</span>'
     )
 
 
 def _map(atlas: "Atlas") -> str:
-    rows: dict[tuple[str, ...], list[str]] = {}
+    rows: dict[str, list[str]] = {}
     places = [
         key
         for key in ("stack", "attention")
         if key in atlas.heads and len(set(atlas.heads[key].tolist())) > 1
     ]
     for row in range(len(atlas)):
-        line = (*(str(atlas.heads[key][row]) for key in places), f"L{atlas.heads['layer'][row]}")
+        words = [str(atlas.heads[key][row]) for key in places]
+        line = " ".join([*words, f"L{atlas.heads['layer'][row]}"])
         kind = str(atlas.heads["kind"][row])
         reason = f": {atlas.reasons[row]}" if atlas.reasons else ""
         rows.setdefault(line, []).append(_cell(kind, f"{atlas.name(row)} {kind}{reason}"))
+    width = max(map(len, rows), default=0)
     lines = "".join(
-        f"<div><code>{escape(' '.join(line))}</code> {' '.join(cells)}</div>"
+        f"<div><code>{escape(line.ljust(width))}</code> {' '.join(cells)}</div>"
         for line, cells in rows.items()
     )
-    return f'<div style="line-height:1.5">{lines}</div>'
+    return f'<div style="line-height:1.5;white-space:pre">{lines}</div>'

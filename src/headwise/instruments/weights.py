@@ -243,4 +243,4 @@ def _product_norm(output: Tensor, value: Tensor) -> Tensor:
     """|W_O W_V|_F of (heads, width, d) and (heads, d, in_width), without their product."""
     left = output.double().mT @ output.double()
     right = value.double() @ value.double().mT
-    return (left * right.mT).sum((-2, -1)).clamp_min(0).sqrt().cpu()
+    return (left * right).sum((-2, -1)).clamp_min(0).sqrt().cpu()
