@@ -8,22 +8,22 @@ that an attention sits in; a stack is such a list.
 from __future__ import annotations
 
 import inspect
-import re
 import sys
-from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 from headwise.models import naming, projections
 from headwise.models.errors import UnsupportedModelError
-from headwise.models.structure import AttentionView, LayerView, ModelView
-
-MODALITIES = (
-    ("text", {"text", "language"}),
-    ("vision", {"vision", "visual", "image", "video"}),
-    ("audio", {"audio", "speech"}),
+from headwise.models.stacks import (
+    Place,
+    last_number,
+    looks_back,
+    parent_path,
+    place_of,
+    stack_labels,
 )
+from headwise.models.structure import AttentionView, LayerView, ModelView
 
 
 def view(model: nn.Module) -> ModelView:
@@ -36,7 +36,7 @@ def view(model: nn.Module) -> ModelView:
     """
     modules = dict(model.named_modules())
     _refuse_windows(model, modules)
-    places = [_place(name, modules) for name, m in modules.items() if is_attention(m)]
+    places = [place_of(name, modules) for name, m in modules.items() if is_attention(m)]
     if not places:
         raise UnsupportedModelError(
             f"{type(model).__name__}: no attention was found. No module calls transformers' "
@@ -46,14 +46,14 @@ def view(model: nn.Module) -> ModelView:
     family = getattr(getattr(model, "config", None), "model_type", "") or type(model).__name__
     schedule = naming.SHARED_LAYERS.get(family)
     lists = list(dict.fromkeys(place.outer if schedule else place.list for place in places))
-    labels = _labels(lists, places, modules)
+    labels = stack_labels(lists, places, modules)
     layers: list[LayerView] = []
     for path in lists:
         mine = [p for p in places if path == (p.outer if schedule else p.list)]
         order = schedule(model.config) if schedule else None
         for index, name in enumerate(_layer_names(path, mine, modules, order)):
             inside = [p for p in mine if p.layer == name]
-            number = index if order or not name.split(".")[-1].isdigit() else _number(name)
+            number = index if order or not name.split(".")[-1].isdigit() else last_number(name)
             layers.append(_layer(modules, name, number, labels[path], inside, family))
     attentions = tuple(a for layer in layers for a in layer.attentions)
     spoken = [label for label in ("decoder", "text") if label in labels.values()]
@@ -69,7 +69,7 @@ def view(model: nn.Module) -> ModelView:
         causal=bool(own) and all(a.causal for a in own),
         stacks=tuple(labels[path] for path in lists),
         final_norm=_final_norm(where, modules),
-        owners={labels[path]: modules[_parent(path)] for path in lists},
+        owners={labels[path]: modules[parent_path(path)] for path in lists},
     )
 
 
@@ -92,44 +92,6 @@ def routes(module: nn.Module) -> bool:
     return code is not None and any(
         isinstance(scope.get(name), AttentionInterface) for name in code.co_names
     )
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where an attention sits: its path, its layer's, the list the layer is an element of, and
-    the outermost list around it (the same unless lists are nested)."""
-
-    name: str
-    layer: str
-    list: str
-    outer: str
-
-
-def _parent(path: str) -> str:
-    return path.rpartition(".")[0]
-
-
-def _number(path: str) -> int:
-    return int(path.rpartition(".")[2])
-
-
-def _place(name: str, modules: dict[str, nn.Module]) -> Place:
-    parts = name.split(".")
-    elements = [
-        ".".join(parts[: end + 1])
-        for end in range(len(parts))
-        if parts[end].isdigit() and isinstance(modules[".".join(parts[:end])], nn.ModuleList)
-    ]
-    if not elements:
-        home = _parent(name) or name
-        return Place(name, home, home, home)
-    layer = elements[-1]
-    if len(elements) > 1:
-        # T5 keeps the sub-layers of a layer in a list of their own, each of another class
-        siblings: Any = modules[_parent(layer)]
-        if len({type(sibling) for sibling in siblings}) > 1:
-            layer = elements[-2]
-    return Place(name, layer, _parent(layer), _parent(elements[0]))
 
 
 def _layer_names(
@@ -174,7 +136,7 @@ def _attention(
 ) -> AttentionView:
     module = modules[place.name]
     config = getattr(module, "config", None) or _nearest_config(place.name, modules)
-    parent = modules.get(_parent(place.name))
+    parent = modules.get(parent_path(place.name))
     found = projections.find(module, parent, config, family)
     if isinstance(found, str):
         heads = projections.count(naming.HEADS, module, config)
@@ -207,6 +169,7 @@ def _attention(
         head_dim=head_dim,
         width=width,
         norm=_norm(modules[place.layer], parent, bool(cross), family),
+        causal=not cross and looks_back(module, modules[""]),
         projections=found,
         observable=observable,
     )
@@ -214,7 +177,7 @@ def _attention(
 
 def _nearest_config(name: str, modules: dict[str, nn.Module]) -> Any:
     while name:
-        name = _parent(name)
+        name = parent_path(name)
         config = getattr(modules[name], "config", None)
         if config is not None:
             return config
@@ -257,35 +220,13 @@ def _mlp(layer: nn.Module) -> nn.Module | None:
 
 
 def _final_norm(path: str, modules: dict[str, nn.Module]) -> nn.Module | None:
-    owner = _parent(path)
-    for place in dict.fromkeys((owner, _parent(owner))):
+    owner = parent_path(path)
+    for place in dict.fromkeys((owner, parent_path(owner))):
         for name in naming.FINAL_NORMS:
             found = projections.child(modules[place], name)
             if found is not None:
                 return found
     return None
-
-
-def _labels(lists: list[str], places: list[Place], modules: dict[str, nn.Module]) -> dict[str, str]:
-    """A short name for each stack, the path where short names would collide."""
-    if len(lists) == 1:
-        own = [modules[p.name] for p in places]
-        causal = all(getattr(module, "is_causal", False) for module in own)
-        return {lists[0]: "decoder" if causal else "encoder"}
-    labels = {path: _label(path) for path in lists}
-    doubled = {label for label in labels.values() if list(labels.values()).count(label) > 1}
-    return {path: path if label in doubled else label for path, label in labels.items()}
-
-
-def _label(path: str) -> str:
-    words = set(re.split(r"[._]", path.lower()))
-    for label, said in MODALITIES:
-        if words & said:
-            return label
-    for label in ("encoder", "decoder"):
-        if label in words:
-            return label
-    return path
 
 
 def _refuse_windows(model: nn.Module, modules: dict[str, nn.Module]) -> None:

@@ -23,7 +23,10 @@ SEPARATE = (
 """Children of an attention that project queries, keys and values one by one."""
 
 FUSED = ("c_attn", "query_key_value", "qkv_proj", "Wqkv", "qkv", "to_qkv")
-"""Children that project all three at once."""
+"""Children that project all three at once: queries, then keys, then values."""
+
+FUSED_WITHOUT_RULE = frozenset({"query_key_value"})
+"""Names of fused projections whose layout differs between models: known for FUSED_BY_HEAD only."""
 
 QUERY_AND_FUSED_KEY_VALUE = (("q_attn", "c_attn"), ("q_proj", "kv_proj"))
 """Children where the query stands alone and key and value are fused (cross-attention)."""
@@ -113,6 +116,9 @@ attention."""
 FUSED_BY_HEAD = frozenset({"gpt_neox", "gpt_neox_japanese", "persimmon", "bloom"})
 """Model types whose fused projection is laid out head by head, (heads, 3, head_dim), and not
 part by part. GPTBigCode joins them when it is not multi-query."""
+
+FUSED_OTHERWISE = frozenset({"codegen"})
+"""Model types whose fused projection is laid out in a way of their own."""
 
 WINDOWED = frozenset({"swin", "swinv2", "donut-swin", "maskformer-swin", "clap_audio_model"})
 """Model types that fold image windows into the batch before they attend: what their attention

@@ -122,10 +122,10 @@ def find(
     for names in naming.SEPARATE:
         parts = [child(module, name) for name in names]
         if all(is_projection(part) for part in parts):
-            known = [part for part in parts if part is not None]
+            three = [part for part in parts if part is not None]
             if head_dim is None and named_heads is not None:
-                head_dim = out_features(known[0]) // named_heads
-            return _separate(module, known, head_dim, output)
+                head_dim = out_features(three[0]) // named_heads
+            return _separate(module, three, head_dim, output)
     if named_heads is None:
         return f"{type(module).__name__} does not say how many heads it has"
     for alone, fused in naming.QUERY_AND_FUSED_KEY_VALUE:
@@ -144,6 +144,9 @@ def find(
     for name in naming.FUSED:
         whole = child(module, name)
         if whole is not None and is_projection(whole):
+            known = family in naming.FUSED_BY_HEAD or name not in naming.FUSED_WITHOUT_RULE
+            if not known or family in naming.FUSED_OTHERWISE:
+                return f"the layout of {name} in {type(module).__name__} is not known"
             return _fused(module, whole, named_heads, head_dim, config, family, output)
     children = ", ".join(name for name, _ in module.named_children()) or "none"
     return f"the projections of {type(module).__name__} are not known by its children: {children}"

@@ -45,6 +45,10 @@ class Rule:
     device: torch.device | str = "cpu"
     vectorised: bool = True
 
+    def __repr__(self) -> str:
+        name = getattr(self.function, "__qualname__", type(self.function).__name__)
+        return f"Rule({name}, n_q={self.n_q}, n_k={self.n_k})"
+
     @property
     def shift(self) -> int:
         """How far the queries stand ahead of where alignment at the end puts them. Zero but for

@@ -19,7 +19,8 @@ class AttentionView:
 
     `name`: path of the module. `layer`: 0-based in its `stack`. `kind`: "self" or "cross".
     `norm`: the module whose output is the attention's input, None where the residual itself is
-    (post-norm models, or a norm that was not found).
+    (post-norm models, or a norm that was not found). `causal`: whether it looks back only, as
+    far as the module says; the pattern of its map is what counts.
     """
 
     name: str
@@ -32,14 +33,10 @@ class AttentionView:
     head_dim: int
     width: int
     norm: nn.Module | None = None
+    causal: bool = False
     projections: Projections | str = field(default="", repr=False)
     observable: str | None = field(default=None, repr=False)
     """None, or the reason why this attention cannot be observed."""
-
-    @property
-    def causal(self) -> bool:
-        """Whether the module says of itself that it only looks back."""
-        return self.kind == "self" and bool(getattr(self.module, "is_causal", False))
 
     def _found(self) -> Projections:
         if isinstance(self.projections, str):

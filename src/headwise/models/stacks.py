@@ -1,0 +1,83 @@
+"""Stacks: the lists of layers that attentions sit in, and short names for them."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+MODALITIES = (
+    ("text", {"text", "language"}),
+    ("vision", {"vision", "visual", "image", "video"}),
+    ("audio", {"audio", "speech"}),
+)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where an attention sits: its path, its layer's, the list the layer is an element of, and
+    the outermost list around it (the same unless lists are nested)."""
+
+    name: str
+    layer: str
+    list: str
+    outer: str
+
+
+def parent_path(path: str) -> str:
+    return path.rpartition(".")[0]
+
+
+def last_number(path: str) -> int:
+    return int(path.rpartition(".")[2])
+
+
+def place_of(name: str, modules: dict[str, nn.Module]) -> Place:
+    parts = name.split(".")
+    elements = [
+        ".".join(parts[: end + 1])
+        for end in range(len(parts))
+        if parts[end].isdigit() and isinstance(modules[".".join(parts[:end])], nn.ModuleList)
+    ]
+    if not elements:
+        home = parent_path(name) or name
+        return Place(name, home, home, home)
+    layer = elements[-1]
+    if len(elements) > 1:
+        # T5 keeps the sub-layers of a layer in a list of their own, each of another class
+        siblings: Any = modules[parent_path(layer)]
+        if len({type(sibling) for sibling in siblings}) > 1:
+            layer = elements[-2]
+    return Place(name, layer, parent_path(layer), parent_path(elements[0]))
+
+
+def looks_back(module: nn.Module, model: nn.Module) -> bool:
+    said = getattr(module, "is_causal", None)
+    if said is None:  # older classes leave it to the name of the model
+        return type(model).__name__.endswith(("ForCausalLM", "LMHeadModel"))
+    return bool(said)
+
+
+def stack_labels(
+    lists: list[str], places: list[Place], modules: dict[str, nn.Module]
+) -> dict[str, str]:
+    """A short name for each stack, the path where short names would collide."""
+    if len(lists) == 1:
+        causal = any(looks_back(modules[p.name], modules[""]) for p in places)
+        return {lists[0]: "decoder" if causal else "encoder"}
+    labels = {path: _label(path) for path in lists}
+    doubled = {label for label in labels.values() if list(labels.values()).count(label) > 1}
+    return {path: path if label in doubled else label for path, label in labels.items()}
+
+
+def _label(path: str) -> str:
+    words = set(re.split(r"[._]", path.lower()))
+    for label, said in MODALITIES:
+        if words & said:
+            return label
+    for label in ("encoder", "decoder"):
+        if label in words:
+            return label
+    return path
