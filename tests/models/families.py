@@ -173,6 +173,8 @@ DECODERS: dict[str, Callable[..., Any]] = {
         sliding_window=4,
         num_local_experts=2,
         num_experts_per_tok=1,
+        # its default (yarn) scales queries and keys even at position 0
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
     ),
 }
 
@@ -264,8 +266,39 @@ FAMILIES: dict[str, Callable[..., Any]] = {
     **ENCODER_DECODERS,
 }
 
+PRE_NORM = [
+    name
+    for name in FAMILIES
+    if name
+    not in ("bert", "roberta", "distilbert", "albert", "albert_groups", "electra", "bart", "marian")
+]
+"""Families whose layers add to the residual without normalising the sum."""
+
 TEXTS = [*DECODERS, *ENCODERS, "clip", "t5", "bart", "marian"]
 """Families whose inputs are token ids with a 2-D padding mask."""
+
+
+def attentions(name: str, output: Any) -> dict[tuple[str, str], Any]:
+    """The matrices that a model returned itself, by (stack, kind)."""
+    if name == "clip":
+        return {
+            ("text", "self"): output.text_model_output.attentions,
+            ("vision", "self"): output.vision_model_output.attentions,
+        }
+    if name in ENCODER_DECODERS:
+        return {
+            ("encoder", "self"): output.encoder_attentions,
+            ("decoder", "self"): output.decoder_attentions,
+            ("decoder", "cross"): output.cross_attentions,
+        }
+    return {("decoder" if name in DECODERS else "encoder", "self"): output.attentions}
+
+
+def scores(output: Any) -> torch.Tensor:
+    """The first floating-point tensor of an output: logits, or what stands for them."""
+    return next(
+        t for t in output.to_tuple() if isinstance(t, torch.Tensor) and t.is_floating_point()
+    )
 
 
 def inputs(model: Any, length: int = LENGTH, padding: str | None = None) -> dict[str, Any]:
@@ -289,7 +322,7 @@ def inputs(model: Any, length: int = LENGTH, padding: str | None = None) -> dict
             "input_values": torch.randn(2, 2000, generator=random),
             "decoder_input_ids": ids[:, :7],
         }
-    if "pixel_values" in (getattr(model, "main_input_name", ""),):
+    if model.main_input_name == "pixel_values":
         return {"pixel_values": torch.randn(2, 3, 12, 12, generator=random)}
     if getattr(model.config, "is_encoder_decoder", False):
         return text | {"decoder_input_ids": torch.randint(3, VOCABULARY, (2, 7), generator=random)}
