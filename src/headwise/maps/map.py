@@ -19,10 +19,8 @@ from headwise.maps.tiles import TileEngine, online_attend
 ENGINES = ("auto", "algebra", "tiles", "dense")
 DENSE_LIMIT = 2**28  # numbers that `dense()` is willing to hold: 1 GiB of float32
 
-# Quicker by the algebra than by one pass of tiles, measured by bench/maps.py on a CPU.
-BY_ALGEBRA = frozenset(
-    {"lse", "apply", "transpose_apply", "entropy", "collision", "inner", "kl", "distance"}
-)
+# Quicker by the algebra than by tiles on a CPU, measured by bench/maps.py; the rest go to tiles.
+BY_ALGEBRA = frozenset({"lse", "apply", "entropy", "distance", "inner", "kl"})
 
 
 class AttentionMap:
