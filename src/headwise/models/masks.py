@@ -18,17 +18,20 @@ from headwise.maps import Full, KeyMask, Mask, Padding, Pattern
 from headwise.models.errors import UnsupportedModelError
 from headwise.models.rule import Rule, recognise
 
-ARITHMETIC = frozenset({"add", "sub", "rsub", "mul", "div"})
+BOOLEAN_USES = frozenset({"where", "masked_fill", "index", "masked_select"})
+"""Operations whose result may be of another type although they use the mask as a boolean."""
 
 
 class PatternMask(Tensor):
     """A boolean tensor `(batch, 1, n_q, n_k)`, True = may look, that exists as a pattern.
 
+    What is made of it (slices, joins) is a PatternMask too, which then holds the real tensor.
     `keys`: `(batch, n_k)`, True where a key is real, or None where nothing is padded.
     """
 
-    pattern: Pattern
+    pattern: Pattern | None
     keys: Tensor | None
+    table: Tensor | None
 
     @staticmethod
     def of(
@@ -39,18 +42,32 @@ class PatternMask(Tensor):
     ) -> PatternMask:
         """Of a pattern over (batch, n_q, n_k)."""
         batch, n_q, n_k = shape
-        made = Tensor._make_wrapper_subclass(
-            PatternMask, (batch, 1, n_q, n_k), dtype=torch.bool, device=torch.device(device)
-        )
-        assert isinstance(made, PatternMask)
+        made = PatternMask._empty((batch, 1, n_q, n_k), torch.device(device))
         made.pattern, made.keys = pattern, keys
+        return made
+
+    @staticmethod
+    def holding(table: Tensor) -> PatternMask:
+        """Of a boolean tensor of any shape."""
+        made = PatternMask._empty(tuple(table.shape), table.device)
+        made.table = table
+        return made
+
+    @staticmethod
+    def _empty(shape: tuple[int, ...], device: torch.device) -> PatternMask:
+        made = Tensor._make_wrapper_subclass(PatternMask, shape, dtype=torch.bool, device=device)
+        assert isinstance(made, PatternMask)
+        made.pattern = made.keys = made.table = None
         return made
 
     def dense(self) -> Tensor:
         """The tensor that it stands for."""
-        batch, _, n_q, n_k = self.shape
-        table = self.pattern.mask(n_q, n_k, batch, 1, self.device)
-        return table.expand(batch, 1, n_q, n_k).contiguous()
+        if self.table is None:
+            assert self.pattern is not None
+            batch, _, n_q, n_k = self.shape
+            table = self.pattern.mask(n_q, n_k, batch, 1, self.device)
+            self.table = table.expand(batch, 1, n_q, n_k).contiguous()
+        return self.table
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"PatternMask({self.pattern!r}, shape={tuple(self.shape)})"
@@ -59,18 +76,21 @@ class PatternMask(Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
         name = func.overloadpacket.__name__.rstrip("_")
-        if name == "detach":
+        if name in ("detach", "alias"):
             return args[0]
-        to_float = kwargs.get("dtype") is not None and kwargs["dtype"].is_floating_point
-        if name in ARITHMETIC or to_float:
-            # whoever adds a mask to scores expects 0 and -inf; booleans would be added silently
+        made = func(*_dense(args), **_dense(kwargs or {}))
+        if isinstance(made, Tensor) and made.dtype == torch.bool:
+            return cls.holding(made)
+        # Whoever adds a mask to scores, or joins it with an additive one, expects 0 and -inf;
+        # booleans become 0 and 1 there, and nothing would be masked, silently.
+        floating = isinstance(made, Tensor) and made.is_floating_point()
+        if floating and name not in BOOLEAN_USES:
             raise UnsupportedModelError(
                 f"the model calculates with its attention mask ({func}) instead of handing it to "
                 "its attention; whether it means a boolean or an additive mask cannot be known"
             )
-        return func(*_dense(args), **_dense(kwargs))
+        return made
 
 
 def _dense(value: Any) -> Any:
@@ -157,7 +177,9 @@ def pattern_of(mask: Tensor, n_q: int, n_k: int) -> tuple[Pattern, Tensor | None
             f"and {n_k} keys; expected (batch or 1, heads or 1, {n_q}, {n_k})"
         )
     if isinstance(mask, PatternMask):
-        return mask.pattern, None, mask.keys
+        if mask.pattern is not None:
+            return mask.pattern, None, mask.keys
+        mask = mask.dense()
     whole = mask.expand(*mask.shape[:2], n_q, n_k)
     if mask.dtype == torch.bool:
         return Mask(whole), None, None

@@ -77,6 +77,8 @@ class _Observation:
         }
         self.ran: Counter[int] = Counter()
         self.reached: Counter[int] = Counter()
+        self.passes: Counter[str] = Counter()  # of each stack in the model's forward pass
+        self.inside = False  # the model's forward pass, not that of one of its parts alone
         self.checked: set[tuple[type, str]] = set()
         self.handles: list[Any] = []
 
@@ -96,6 +98,9 @@ class _Observation:
             names = tuple(stacks) if owner is not self.view.model else self.view.stacks
             self.handles.append(owner.register_forward_pre_hook(self._begin(names)))
             self.handles.append(owner.register_forward_hook(self._end(names)))
+        self.handles.append(
+            self.view.model.register_forward_hook(self._left, always_call=True)  # also if it raised
+        )
 
     def detach(self) -> None:
         for handle in self.handles:
@@ -113,6 +118,9 @@ class _Observation:
         keys = {id(a.module) for a in self.view.attentions if a.stack in stacks}
 
         def begin(module: nn.Module, args: Any) -> None:
+            if module is self.view.model:
+                self.inside = True
+                self.passes.clear()
             for key in keys:
                 del self.ran[key]
                 del self.reached[key]
@@ -129,8 +137,17 @@ class _Observation:
                 )
             for stack in stacks:
                 self._verify(stack, optional=root)
+                self.passes[stack] += not root
+                if self.inside and self.passes[stack] > 1:
+                    raise UnobservedError(
+                        f"the {stack} of {type(self.view.model).__name__} runs several times in "
+                        "one forward pass; the view has each of its layers once"
+                    )
 
         return end
+
+    def _left(self, module: nn.Module, args: Any, output: Any) -> None:
+        self.inside = False
 
     def _verify(self, stack: str, optional: bool) -> None:
         """Every attention of a stack that ran must have been seen, each as often as expected.

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+SIDES = (("encoder", {"encoder"}), ("decoder", {"decoder"}))
 MODALITIES = (
     ("text", {"text", "language"}),
     ("vision", {"vision", "visual", "image", "video"}),
@@ -54,10 +55,11 @@ def place_of(name: str, modules: dict[str, nn.Module]) -> Place:
 
 
 def looks_back(module: nn.Module, model: nn.Module) -> bool:
+    """Whether the module says that it only looks back (its map's pattern is what counts)."""
     said = getattr(module, "is_causal", None)
     if said is None:  # older classes leave it to the name of the model
         return type(model).__name__.endswith(("ForCausalLM", "LMHeadModel"))
-    return bool(said)
+    return bool(said or getattr(module, "is_decoder", False))
 
 
 def stack_labels(
@@ -67,17 +69,13 @@ def stack_labels(
     if len(lists) == 1:
         causal = any(looks_back(modules[p.name], modules[""]) for p in places)
         return {lists[0]: "decoder" if causal else "encoder"}
-    labels = {path: _label(path) for path in lists}
-    doubled = {label for label in labels.values() if list(labels.values()).count(label) > 1}
-    return {path: path if label in doubled else label for path, label in labels.items()}
+    for choice in (SIDES, MODALITIES):
+        labels = {path: _label(path, choice) for path in lists}
+        if len(set(labels.values())) == len(lists) and "" not in labels.values():
+            return labels
+    return {path: path for path in lists}
 
 
-def _label(path: str) -> str:
+def _label(path: str, choice: tuple[tuple[str, set[str]], ...]) -> str:
     words = set(re.split(r"[._]", path.lower()))
-    for label, said in MODALITIES:
-        if words & said:
-            return label
-    for label in ("encoder", "decoder"):
-        if label in words:
-            return label
-    return path
+    return next((label for label, said in choice if words & said), "")
