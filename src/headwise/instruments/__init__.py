@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from headwise.instruments.atlas import Atlas
+    from headwise.instruments.catalog import INSTRUMENTS
     from headwise.instruments.columns import Column
     from headwise.instruments.compare import Comparison, compare
     from headwise.instruments.see import see
 
 # name -> the module that defines it
 _EXPORTS = {
+    "INSTRUMENTS": "headwise.instruments.catalog",
     "Atlas": "headwise.instruments.atlas",
     "Column": "headwise.instruments.columns",
     "Comparison": "headwise.instruments.compare",
@@ -23,7 +25,7 @@ _EXPORTS = {
     "see": "headwise.instruments.see",
 }
 
-__all__ = ["Atlas", "Column", "Comparison", "compare", "see"]
+__all__ = ["INSTRUMENTS", "Atlas", "Column", "Comparison", "compare", "see"]
 
 
 class _Room(ModuleType):

@@ -50,19 +50,28 @@ _SINKS = (
     Column(
         "found_sink_mass",
         "share",
-        "Mass on sinks found anywhere: keys whose mean weight over the rows that see them is high.",
-        f"{_GU}, section 3 (mean weight above a threshold of 0.3)",
+        "Mass on sinks found anywhere: keys whose mean weight over the rows that see them is high, "
+        "and the learned sink if there is one.",
+        f"{_GU}, section 3 (mean weight above 0.3, over at least 16 rows, or a quarter of them)",
+    ),
+    Column(
+        "learned_sink_mass",
+        "share",
+        "Mass on a learned sink, a logit that is no key; NaN in models without one.",
+        "1 - sum_j p_ij; OpenAI 2025, arXiv 2508.10925 (gpt-oss)",
     ),
     Column(
         "dormant_share",
         "share",
-        "Share of inputs on which more than half of the head's mass goes to sinks.",
+        "Share of inputs on which more than half of the head's mass goes to sinks: the first "
+        "token, sinks found anywhere, a learned one.",
         f"{_GUO} (active and dormant heads)",
     ),
     Column(
         "value_drain",
         "ratio",
-        "Norm of the values at sinks over the mean norm of the other values; far below 1: drained.",
+        "Mean norm of the values at the sinks found over that of the other values; far below 1: "
+        "drained. NaN for a head without such sinks.",
         f"{_GUO} (value-state drain)",
     ),
     Column(
@@ -138,13 +147,15 @@ _CONTENT = (
     Column(
         "same_token",
         "share",
-        "Mass on earlier places of the same token, on the given text.",
+        "Mass on earlier places of the same token, on the given text (on all other places, where "
+        "the model looks ahead).",
         "Wang et al. 2022, arXiv 2211.00593 (duplicate token heads)",
     ),
     Column(
         "induction_text",
         "share",
-        "Mass on tokens that follow an earlier place of the same token, on the given text.",
+        "Mass on tokens that follow an earlier place of the same token, itself left out, on the "
+        "given text.",
         f"{_OLSSON} (prefix matching)",
     ),
     Column(
@@ -169,8 +180,8 @@ _CONTENT = (
     Column(
         "retrieval_score",
         "share",
-        "Share of needle tokens that the head copies: its largest weight lies on the needle's "
-        "token that comes next.",
+        "Share of needle tokens that the head copies: where a token of a needle, a span of the "
+        "given text, is to be repeated next, the largest weight lies on its place in the needle.",
         "Wu et al. 2024, arXiv 2404.15574, equation 1",
     ),
 )
@@ -179,7 +190,7 @@ _EFFECT = (
     Column(
         "residual_share",
         "ratio",
-        "Norm of what the head writes over the norm of the residual stream it is added to.",
+        "Norm of what the head writes over the norm of the residual stream at the layer's input.",
         "mean_i |W_O o_i| / |x_i|; Kobayashi et al. 2020, arXiv 2004.10102, equation 4",
     ),
     Column(
@@ -205,8 +216,15 @@ _EFFECT = (
     Column(
         "similarity",
         "cosine",
-        "Cosine of the head's map with that of the most similar other head, on sampled rows.",
-        "<P_a, P_b> / (|P_a| |P_b|)",
+        "Cosine of the head's map with that of the most similar other head: mean over 32 rows of "
+        "each input, one from each of 32 equal parts, the same rows for all heads.",
+        "mean_i <p_a,i , p_b,i> / (|p_a,i| |p_b,i|)",
+    ),
+    Column(
+        "similarity_rest",
+        "cosine",
+        "The same with the first key left out: heads with a large sink are all alike in it.",
+        "mean_i of the cosine over keys other than the first",
     ),
     Column(
         "similar_to", "index", "Row of this table that holds the most similar other head; -1: none."
@@ -226,7 +244,7 @@ _LAYERS = (
     Column(
         "residual_peak_ratio",
         "ratio",
-        "That peak over the median magnitude.",
+        "That peak over the median magnitude, taken over at most 256 tokens.",
         "Sun et al. 2024, arXiv 2402.17762",
     ),
     Column(
