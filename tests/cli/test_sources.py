@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from headwise.cli import main
-from headwise.cli.sources import ModelSource, model_source, output_folder, read_texts
+from headwise.cli.sources import EMBEDDED, ModelSource, model_source, output_folder, read_texts
 from tests.cli.command import refusal
 
 Capture = pytest.CaptureFixture[str]
@@ -105,6 +105,8 @@ def test_texts_keep_their_order_and_names(tmp_path: Path) -> None:
 def test_default_folders_of_results_do_not_leave_their_place() -> None:
     hub = ModelSource("owner/name", "owner/name", on_hub=True)
     assert output_folder(None, hub) == Path("headwise-out/owner--name")
+    embedded = ModelSource(EMBEDDED, "/somewhere")
+    assert output_folder(None, embedded) == Path("headwise-out/default")
     assert output_folder(Path("here"), hub) == Path("here")
 
 

@@ -41,6 +41,8 @@ def load(
     """
     import torch
 
+    from headwise.instruments.positions import position_limit, position_table
+
     transformers = _transformers()
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -74,26 +76,7 @@ def load(
             "folder written by save_pretrained of that class"
         )
     model = model.eval().to(device)
-    trained = getattr(_text_config(model.config), "max_position_embeddings", None)
-    return Loaded(model, tokenizer, looked_up_positions(model), trained, unset)
-
-
-def looked_up_positions(model: Any) -> int | None:
-    """The number of rows in the smallest table of positions, or None without one.
-
-    Some tables keep rows for padding in front (OPT and BART 2, RoBERTa its padding index + 1),
-    which are no positions.
-    """
-    from torch import nn
-
-    sizes = []
-    for name, module in model.named_modules():
-        last = name.rpartition(".")[2]
-        table = last in ("wpe", "position_embeddings", "embed_positions")
-        if table and isinstance(module, nn.Embedding):
-            padding = 0 if module.padding_idx is None else module.padding_idx + 1
-            sizes.append(module.num_embeddings - max(padding, getattr(module, "offset", 0)))
-    return min(sizes, default=None)
+    return Loaded(model, tokenizer, position_table(model), position_limit(model), unset)
 
 
 def _model_class(
@@ -173,7 +156,3 @@ def _explain(error: Exception, source: ModelSource, trusted: bool) -> str:
     if "model type" in text or "architecture" in text:
         return f"{source.name} is not a model that the installed transformers knows: {text}"
     return f"{source.name} cannot be loaded: {text}"
-
-
-def _text_config(config: Any) -> Any:
-    return config.get_text_config() if hasattr(config, "get_text_config") else config

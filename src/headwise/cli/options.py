@@ -39,7 +39,7 @@ def add_see_options(see: argparse.ArgumentParser) -> None:
         nargs="+",
         action="extend",
         metavar="FILE",
-        help="text files, each one sample; - is the standard input (default: text from the "
+        help="text files; - is the standard input (default: text from the "
         "documentation of the installed Python)",
     )
     see.add_argument(
@@ -47,6 +47,13 @@ def add_see_options(see: argparse.ArgumentParser) -> None:
         type=positive,
         metavar="N",
         help="tokens taken from each text (default: 2048, or what the model has positions for)",
+    )
+    see.add_argument(
+        "--windows",
+        type=positive,
+        metavar="N",
+        help="samples of --tokens taken from each text, one after the other (default: 1; 4 of the "
+        "default text)",
     )
     see.add_argument(
         "--instruments",

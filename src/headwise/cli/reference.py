@@ -34,7 +34,7 @@ def kinds(_: argparse.Namespace) -> int:
 
 def instruments(options: argparse.Namespace) -> int:
     """Print the instruments with their columns, units, descriptions and sources."""
-    from headwise.instruments import INSTRUMENTS
+    from headwise.instruments.catalog import INSTRUMENTS
 
     if options.json:
         listed = {

@@ -5,23 +5,27 @@ import os
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from headwise.cli.errors import Interrupted, UserError
-from headwise.cli.sources import closest, model_source, output_folder, read_texts
+from headwise.cli.progress import Progress
+from headwise.cli.sources import ModelSource, closest, model_source, output_folder, read_texts
 
 if TYPE_CHECKING:
     from headwise.cli.loading import Loaded
+    from headwise.instruments import Atlas
 
 ATLAS = "atlas.safetensors"
 REPORT = "report.html"
+# Where `headwise.see` keeps finished samples until the atlas is whole.
 PARTIAL = "partial"
-# Of each text, unless --tokens says otherwise: enough for sinks, induction and distance to show,
-# and seconds on a small model.
-DEFAULT_TOKENS = 2048
-DEFAULT_TEXTS = 4
-# More than any tokenizer packs into a token on average, so that no text comes out short.
-_CHARACTERS_PER_TOKEN = 8
+# Samples taken from the default text; of a text of the user's own, one.
+DEFAULT_WINDOWS = 4
+# Few tokenizers pack more than this into a token on average; a text that ends early only means
+# fewer samples.
+_CHARACTERS_PER_TOKEN = 6
+# What a command may differ in and still be the same run.
+_NOT_OF_THE_RUN = {"--resume", "--force", "--quiet", "--debug"}
 
 
 def run(options: argparse.Namespace) -> int:
@@ -29,152 +33,163 @@ def run(options: argparse.Namespace) -> int:
     source = model_source(options.model, options.gguf_file)
     texts = read_texts(options.text) if options.text else None
     out = output_folder(options.out, source)
-    check_output(out, options.resume, options.force)
+    finished = check_output(out, options)
+    if finished is not None:
+        return tell(finished, out)
     if options.instruments:
         check_instruments(options.instruments)
     _quiet_libraries(options.quiet)
+    if options.threads is not None:
+        import torch
 
-    from headwise.cli.loading import load
-    from headwise.cli.progress import Progress
-
-    progress = Progress(quiet=options.quiet)
+        torch.set_num_threads(options.threads)
     try:
-        with progress:
-            progress.note(f"loading {source.name}")
-            _set_threads(options.threads)
-            loaded = load(
-                source, options.dtype, options.device, options.trust_remote_code, options.revision
-            )
-            tokens = token_limit(options.tokens, loaded, source.name)
-            if loaded.unset:
-                progress.note(
-                    f"{len(loaded.unset)} weights outside the layers are not in the "
-                    f"files (such as {loaded.unset[0]}); they do not reach the heads"
-                )
-            if loaded.trained and tokens > loaded.trained:
-                progress.note(
-                    f"{tokens} tokens are more than the {loaded.trained} that "
-                    f"{source.name} is made for"
-                )
-            named = texts or default_texts(tokens)
-            atlas = measure(options, source.name, loaded, named, tokens, out, progress)
+        with Progress(quiet=options.quiet) as progress:
+            atlas = measure(options, source, texts, out, progress)
     except KeyboardInterrupt:
-        raise Interrupted(_how_to_go_on(options, out)) from None
-    return finish(atlas, out, options)
+        raise Interrupted(how_to_go_on(options, out)) from None
+    return tell(atlas, out)
 
 
 def measure(
     options: argparse.Namespace,
-    name: str,
-    loaded: "Loaded",
-    texts: list[tuple[str, str]],
-    tokens: int,
+    source: ModelSource,
+    texts: list[tuple[str, str]] | None,
     out: Path,
-    progress: Any,
-) -> Any:
+    progress: Progress,
+) -> "Atlas":
+    """Load the model and measure it; the atlas is in the folder when this returns."""
+    progress.note(f"loading {source.name}")
+    from headwise.cli.loading import load
     from headwise.instruments import see
 
+    loaded = load(
+        source, options.dtype, options.device, options.trust_remote_code, options.revision
+    )
+    if loaded.unset:
+        progress.warn(
+            f"{len(loaded.unset)} weights outside the layers are not in the files (such as "
+            f"{loaded.unset[0]}); what the heads do does not depend on them"
+        )
+    check_tokens(options.tokens, loaded, source.name, progress)
+    windows = options.windows or (1 if texts else DEFAULT_WINDOWS)
     return see(
         loaded.model,
-        texts,
+        texts or [default_text((options.tokens or 2048) * windows)],
         instruments=options.instruments,
-        tokens=tokens,
+        tokens=options.tokens,
+        windows=windows,
         batch_size=options.batch_size,
         seed=options.seed,
         out=out,
         resume=options.resume,
-        progress=progress,
+        progress=progress.step,
         tokenizer=loaded.tokenizer,
+        name=source.name,
+        revision=options.revision,
+        command=command(options),
     )
 
 
-def check_output(out: Path, resume: bool, force: bool) -> None:
-    """Refuse to write over results that nobody gave up."""
+def check_output(out: Path, options: argparse.Namespace) -> "Atlas | None":
+    """Refuse to write over results that nobody gave up.
+
+    Returns the atlas where `--resume` finds that its run is finished already.
+    """
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file; expected a folder")
-    found = [name for name in (ATLAS, REPORT, PARTIAL) if (out / name).exists()]
-    if found and not (resume or force):
-        unfinished = found == [PARTIAL]
-        state = "an unfinished run" if unfinished else f"results ({', '.join(found)})"
+    unfinished = (out / PARTIAL).is_dir()
+    found = [name for name in (ATLAS, REPORT) if (out / name).exists()]
+    if options.force or (options.resume and (unfinished or not found)):
+        return None
+    if options.resume and ATLAS in found:
+        from headwise.cli.atlases import load_atlas
+
+        atlas = load_atlas(out)
+        if atlas.provenance.get("command") == command(options):
+            return atlas
         raise UserError(
-            f"{out} holds {state}; choose another folder with --out, replace it with --force"
-            + (", or go on with it with --resume" if PARTIAL in found else "")
+            f"{out} holds finished results of another command "
+            f"({atlas.provenance.get('command') or 'not a command'}); there is nothing to resume: "
+            "choose another folder with --out, or replace them with --force"
         )
+    if found or unfinished:
+        holds = f"results ({', '.join(found)})" if found else "an unfinished run"
+        resume = ", or go on with the unfinished run with --resume" if unfinished else ""
+        raise UserError(
+            f"{out} holds {holds}; choose another folder with --out, replace them with "
+            f"--force{resume}"
+        )
+    return None
 
 
 def check_instruments(asked: tuple[str, ...]) -> None:
     """Refuse names that no instrument has, with the nearest that one has."""
-    from headwise.instruments import INSTRUMENTS
+    from headwise.instruments.catalog import INSTRUMENTS
 
     for name in asked:
         if name not in INSTRUMENTS:
             raise UserError(closest(name, INSTRUMENTS, "instrument"))
 
 
-def token_limit(asked: int | None, loaded: "Loaded", name: str) -> int:
-    """Tokens taken from each text: what was asked for, or what the model has positions for."""
-    if asked is None:
-        known = [n for n in (loaded.positions, loaded.trained) if n is not None]
-        return min([DEFAULT_TOKENS, *known])
-    if loaded.positions is not None and asked > loaded.positions:
+def check_tokens(tokens: int | None, loaded: "Loaded", name: str, progress: Progress) -> None:
+    """Refuse more tokens than can run; warn of more than the model is made for."""
+    if tokens is None:
+        return
+    if loaded.positions is not None and tokens > loaded.positions:
         raise UserError(
-            f"--tokens {asked}, but {name} has positions for {loaded.positions} tokens, looked "
+            f"--tokens {tokens}, but {name} has positions for {loaded.positions} tokens, looked "
             f"up in a table that ends there; use --tokens {loaded.positions} or fewer"
         )
-    return asked
+    if loaded.trained is not None and tokens > loaded.trained:
+        progress.warn(f"{tokens} tokens are more than the {loaded.trained} that {name} is made for")
 
 
-def default_texts(tokens: int) -> list[tuple[str, str]]:
-    """Several stretches of the default text, long enough for `tokens` each, fewer if it ends."""
-    from headwise.models.default import default_text
+def default_text(tokens: int) -> tuple[str, str]:
+    """Name and content of the default text, long enough for so many tokens or all there is."""
+    from headwise.models.default import default_text as held_out
 
-    length = tokens * _CHARACTERS_PER_TOKEN
-    for count in range(DEFAULT_TEXTS, 0, -1):
+    characters = tokens * _CHARACTERS_PER_TOKEN
+    while characters > 1000:
         try:
-            text, name = default_text(count * length)
-        except ValueError:
-            continue
-        return [
-            (f"{name}, part {part + 1}", text[part * length : (part + 1) * length])
-            for part in range(count)
-        ]
-    raise UserError(
-        f"the default text is too short for --tokens {tokens}; name a text of your own with --text"
-    )
+            text, name = held_out(characters)
+        except ValueError:  # this Python has less
+            characters = characters * 3 // 4
+        else:
+            return name, text
+    raise UserError("this Python comes without its documentation; name a text with --text")
 
 
-def finish(atlas: Any, out: Path, options: argparse.Namespace) -> int:
-    """Write the atlas and the report; print what was found, then where they are."""
+def tell(atlas: "Atlas", out: Path) -> int:
+    """Write the report; print what was found, then where it is."""
     from headwise.cli.tables import kinds_found, measured_on
     from headwise.report import write
 
-    atlas.provenance["command"] = shlex.join(["headwise", *options.argv])
-    saved = atlas.save(out / ATLAS)
     page = write(atlas, out / REPORT)
     print(measured_on(atlas))
     print()
     print(kinds_found(atlas))
     print()
-    print(f"atlas   {saved}")
+    print(f"atlas   {out / ATLAS}")
     print(f"report  {page}")
     return 0
 
 
-def _how_to_go_on(options: argparse.Namespace, out: Path) -> str:
-    if not (out / PARTIAL).exists():
-        return "interrupted before anything was finished; nothing was kept"
-    again = [word for word in options.argv if word not in ("--resume", "--force")]
+def command(options: argparse.Namespace) -> str:
+    """The command that measures this anew, quoted for a shell."""
+    words = [word for word in options.argv if word not in _NOT_OF_THE_RUN]
+    return shlex.join(["headwise", *words])
+
+
+def how_to_go_on(options: argparse.Namespace, out: Path) -> str:
+    """What an interrupted run leaves, and the command that goes on with it."""
+    done = len(list((out / PARTIAL).glob("*.safetensors")))
+    if not done:
+        return "interrupted before the first sample was finished; nothing was kept"
     return (
-        f"interrupted; what was finished is kept in {out}. Go on with:\n"
-        f"  {shlex.join(['headwise', *again, '--resume'])}"
+        f"interrupted; {done} finished samples are kept in {out}. Go on with:\n"
+        f"  {command(options)} --resume"
     )
-
-
-def _set_threads(threads: int | None) -> None:
-    if threads is not None:
-        import torch
-
-        torch.set_num_threads(threads)
 
 
 def _quiet_libraries(quiet: bool) -> None:

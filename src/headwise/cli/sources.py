@@ -11,6 +11,7 @@ from headwise.cli.errors import UserError
 
 # owner/name or name, as the Hugging Face hub allows them
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+EMBEDDED = "headwise default model"
 _PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -34,7 +35,7 @@ def model_source(model: str | None, gguf: str | None = None) -> ModelSource:
         from headwise.models.default import default_model_path
 
         try:
-            return ModelSource("default", str(default_model_path()))
+            return ModelSource(EMBEDDED, str(default_model_path()))
         except FileNotFoundError as error:
             raise UserError(str(error)) from error
     path = Path(model).expanduser()
@@ -121,7 +122,8 @@ def output_folder(chosen: Path | None, source: ModelSource) -> Path:
     """The folder for the results of this model."""
     if chosen is not None:
         return chosen.expanduser()
-    return Path("headwise-out") / re.sub(r"[^\w.-]+", "--", source.name)
+    name = "default" if source.name == EMBEDDED else source.name
+    return Path("headwise-out") / re.sub(r"[^\w.-]+", "--", name)
 
 
 def closest(word: str, known: Iterable[str], what: str) -> str:
