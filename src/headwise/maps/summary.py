@@ -44,8 +44,7 @@ def summary_shape(scores: Scores) -> tuple[int, int, int]:
     """(query rows, key columns, key-value heads): two buffers of it should stay in cache."""
     if scores.device.type != "cpu":
         return max(64, 2048 // scores.group), 4096, max(1, min(scores.kv_heads, 4))
-    rows = max(16, 128 // scores.group)
-    columns = 512
+    rows, columns = max(16, min(128, 512 // scores.group)), 512
     kv = max(1, min(scores.kv_heads, 2**19 // (rows * scores.group * columns)))
     return rows, columns, kv
 
