@@ -113,8 +113,9 @@ def attention_function(
     observer = OBSERVERS.get(id(module))
     if observer is None:
         raise RuntimeError(
-            f"{type(module).__name__} is set to the attention {NAME!r}, which works inside "
-            "`with headwise.models.observe(view, ...)` only; call set_attn_implementation"
+            f"{type(module).__name__} is set to the attention {NAME!r}, which works only inside "
+            "`with headwise.models.observe(view, ...)` and for the modules of that view. If modules "
+            "were exchanged, take the view anew; to leave it, call model.set_attn_implementation"
         )
     if dropout and module.training:
         raise ValueError(

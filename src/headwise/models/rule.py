@@ -162,6 +162,8 @@ def _guess(rule: Rule) -> Pattern | None:
     back = rule.absolute(b, at[None, 1:], at[None, :-1])
     ahead = rule.absolute(b, at[None, :-1], at[None, 1:])
     cut = ~(back | ahead)  # neighbours that do not see each other either way
+    if bool(cut.all()):
+        cut = torch.zeros_like(cut)  # not documents of one, but a window of one
     ids = torch.nn.functional.pad(cut.long().cumsum(1), (1, 0))
     if rule.shift and bool(cut.any()):
         return None
