@@ -1,0 +1,158 @@
+// Candidates to do without: heads parked on sinks that write little, and heads with a twin.
+const limits = { ...ATLAS.thresholds, withSinks: true };
+
+function sinkOf(row) {
+  const values = ["sink_mass", "found_sink_mass"].map(columnNamed).filter(Boolean)
+    .map((column) => column.values[row]).filter((value) => value !== null);
+  return values.length ? Math.max(...values) : null;
+}
+
+function writesOf(row) {
+  const column = columnNamed("residual_share");
+  return column ? column.values[row] : null;
+}
+
+// Parked on sinks and, where that was measured, among those that write least.
+function dormantHeads() {
+  const writes = columnNamed("residual_share");
+  const most = writes ? quantile(sortedValues(writes), limits.writes / 100) : null;
+  const rows = ROWS.filter((row) => {
+    const sink = sinkOf(row);
+    const write = writesOf(row);
+    return sink !== null && sink >= limits.sink && (most === null || (write !== null && write <= most));
+  });
+  return { rows: rows.sort((a, b) => writesOf(a) - writesOf(b) || sinkOf(b) - sinkOf(a)), most };
+}
+
+// From those that write most to those that write least: a head is listed when one that was kept
+// before it is as similar as the limit. So every head listed has a twin that is not.
+function redundantHeads() {
+  const order = [...ROWS].sort((a, b) => (writesOf(b) ?? -1) - (writesOf(a) ?? -1) || a - b);
+  const kept = [];
+  const found = [];
+  for (const row of order) {
+    let twin = null;
+    let best = limits.alike;
+    for (const other of kept) {
+      const similarity = similarityOf(row, other);
+      if (similarity === null || similarity < best) continue;
+      if (!limits.withSinks && sinkOf(row) >= limits.sink && sinkOf(other) >= limits.sink) continue;
+      best = similarity;
+      twin = other;
+    }
+    if (twin === null) kept.push(row);
+    else found.push({ row, twin, similarity: best });
+  }
+  return found.sort((a, b) => b.similarity - a.similarity);
+}
+
+function drawUnused() {
+  drawDormant();
+  drawRedundant();
+}
+
+function limitField(text, key, step, least, most, draw) {
+  const input = el("input", { type: "number", step, min: least, max: most, value: limits[key] });
+  input.addEventListener("change", () => {
+    const value = Number(input.value);
+    if (input.value === "" || !Number.isFinite(value)) return;
+    limits[key] = Math.min(Math.max(value, least), most);
+    input.value = limits[key];
+    draw();
+  });
+  return el("label", { class: "field" }, text, input);
+}
+
+function drawDormant() {
+  const box = byId("dormant");
+  if (ROWS.every((row) => sinkOf(row) === null)) {
+    fill(box, el("h3", {}, "Dormant"), el("p", { class: "about" }, "Sinks were not measured."));
+    return;
+  }
+  const { rows, most } = dormantHeads();
+  const writes = columnNamed("residual_share");
+  const again = box.querySelector(".controls");
+  const controls = again || el("div", { class: "controls" },
+    limitField("Mass on sinks, at least", "sink", 0.05, 0, 1, drawDormant),
+    writes ? limitField("Writes least, lowest %", "writes", 5, 0, 100, drawDormant) : null);
+  const bound = most === null ? "what they write was not measured"
+    : `at most ${number(most)} of the residual stream`;
+  fill(box, el("h3", {}, `Dormant: ${plural(rows.length, "head")}`),
+    el("p", { class: "about" }, "Most of the attention lies on sinks, and little is written: ", bound, "."),
+    controls, shortTable(["head", ...(HEADS.kind ? ["kind"] : []), "on sinks", ...(writes ? ["writes"] : [])],
+      rows.map((row) => [headLink(row), ...(HEADS.kind ? [el("span", {}, kindOf(row))] : []),
+        number(sinkOf(row)), ...(writes ? [number(writesOf(row))] : [])])),
+    copyable(rows, "dormant"));
+}
+
+function drawRedundant() {
+  const box = byId("redundant");
+  if (!ATLAS.alike && ATLAS.neighbours.every((list) => !list.length)) {
+    fill(box, el("h3", {}, "Redundant"), el("p", { class: "about" }, "Similarities were not measured."));
+    return;
+  }
+  const found = redundantHeads();
+  const again = box.querySelector(".controls");
+  const tick = el("input", { type: "checkbox" });
+  tick.checked = limits.withSinks;
+  tick.addEventListener("change", () => { limits.withSinks = tick.checked; drawRedundant(); });
+  const controls = again || el("div", { class: "controls" },
+    limitField("Similarity, at least", "alike", 0.01, 0, 1, drawRedundant),
+    el("label", { class: "tick" }, tick, "also where both are parked on sinks"));
+  fill(box, el("h3", {}, `Redundant: ${plural(found.length, "head")}`),
+    el("p", { class: "about" }, "Attends as another head does that writes more and is not listed.",
+      ATLAS.alike ? "" : " Only the most similar heads of each were compared."),
+    controls, shortTable(["head", "like", "cosine", "on sinks"], found.map(({ row, twin, similarity }) =>
+      [headLink(row), headLink(twin), number(similarity), number(sinkOf(row))])),
+    copyable(found.map(({ row }) => row), "redundant"));
+}
+
+// The first rows of a table, the others on request.
+function shortTable(titles, rows, first = 8) {
+  if (!rows.length) return null;
+  const body = el("tbody", {});
+  const lines = rows.map((cells) => el("tr", {}, cells.map((cell) =>
+    el("td", { class: typeof cell === "string" ? "n" : null }, cell))));
+  fill(body, lines.slice(0, first));
+  const more = rows.length > first ? el("button", { type: "button", class: "more", onclick: (event) => {
+    fill(body, lines);
+    event.target.remove();
+  } }, `Show all ${rows.length}`) : null;
+  return el("div", {}, el("div", { class: "scroll" }, el("table", {},
+    el("thead", {}, el("tr", {}, titles.map((title) =>
+      el("th", { scope: "col", class: ["head", "like", "kind"].includes(title) ? null : "n" }, title)))), body)), more);
+}
+
+// [(layer, head), ...] for code; one list for each stack and attention, where there are several.
+function copyable(rows, what) {
+  if (!rows.length) return null;
+  const ordered = [...rows].sort((a, b) => a - b);
+  const pairs = (list) => `[${list.map((row) => `(${HEADS.layer[row]}, ${HEADS.head[row]})`).join(", ")}]`;
+  const text = manyPanels
+    ? `{${ATLAS.panels.map((panel, i) => [panel, ordered.filter((row) => HEADS.panel[row] === i)])
+      .filter(([, list]) => list.length)
+      .map(([panel, list]) => `"${panel.stack || panel.attention}", "${panel.attention}": ${pairs(list)}`
+        .replace(/^("[^"]*"), ("[^"]*"):/, "($1, $2):")).join(",\n ")}}`
+    : pairs(ordered);
+  return copyBlock(text, manyPanels ? "(stack, attention): [(layer, head), ...]" : "[(layer, head), ...]", what);
+}
+
+function copyBlock(text, title, what) {
+  const pre = el("pre", { tabindex: 0, "data-list": what }, text);
+  const button = el("button", { type: "button", class: "quiet", onclick: async () => {
+    let done = false;
+    try {
+      await navigator.clipboard.writeText(text);
+      done = true;
+    } catch {
+      const range = document.createRange(); // without rights to the clipboard: select, then copy
+      range.selectNodeContents(pre);
+      getSelection().removeAllRanges();
+      getSelection().addRange(range);
+      done = document.execCommand("copy");
+    }
+    button.textContent = done ? "copied" : "press Ctrl+C";
+    setTimeout(() => { button.textContent = "copy"; }, 1600);
+  } }, "copy");
+  return el("div", { class: "copy" }, el("div", {}, el("span", {}, title), button), pre);
+}
