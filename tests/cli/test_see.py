@@ -69,6 +69,27 @@ def test_several_texts_have_a_spread_and_quiet_is_quiet(
     assert (atlas.spread["entropy"] > 0).all()
 
 
+def test_windows_take_more_of_a_text(llama: Path, text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    arguments = ["see", llama, "--text", text, "--tokens", 64, "--windows", 3, "--out", out]
+    assert main([str(word) for word in [*arguments, "--quiet", "--instruments", "shape"]]) == 0
+    assert Atlas.load(out).provenance["texts"][0]["tokens"] == 3 * 64
+
+
+def test_without_arguments_the_embedded_model_is_measured(tmp_path: Path) -> None:
+    from headwise.models.default import default_model_path
+
+    try:
+        default_model_path()
+    except FileNotFoundError:
+        pytest.skip("the embedded model is not in this checkout")
+    done = spawn("see", "--tokens", 256, "--windows", 1, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "headwise-out/default/report.html" in done.stdout
+    kinds = set(Atlas.load(tmp_path / "headwise-out" / "default").heads["kind"].tolist())
+    assert {"previous-token", "induction", "sink"} <= kinds
+
+
 def test_results_are_replaced_only_by_force(llama: Path, text: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     arguments = ["see", llama, "--text", text, "--out", out, "--quiet", "--instruments", "shape"]

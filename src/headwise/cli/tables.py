@@ -14,13 +14,13 @@ _RANKED_BY = {rule.kind: rule.conditions[0].column for rule in reversed(RULES)}
 
 
 def number(value: Any) -> str:
-    """A cell: four significant digits at most, a dash for what was not measured."""
+    """A cell: three decimals, fewer of what is large, a dash for what was not measured."""
     if isinstance(value, float):
         if math.isnan(value):
             return "-"
-        if value == 0 or 0.001 <= abs(value) < 10_000:
-            return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
-        return f"{value:.2e}"
+        if abs(value) >= 10_000:
+            return f"{value:.2e}"
+        return f"{value:.1f}" if abs(value) >= 10 else f"{value:.3f}"
     return str(value)
 
 
