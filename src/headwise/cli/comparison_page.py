@@ -45,7 +45,10 @@ def page(comparison: Comparison, rows: int) -> str:
     parts += [f'<p class="warning">{escape(line)}</p>' for line in comparison.warnings]
     for name, heads in ((a, comparison.only_a), (b, comparison.only_b)):
         if heads:
-            parts.append(f"<p>Only in {name}: {escape(', '.join(heads))}</p>")
+            parts.append(
+                f"<details><summary>{len(heads)} heads only in {name}</summary>"
+                f"{escape(', '.join(heads))}</details>"
+            )
     parts.append(_kinds(comparison))
     parts += [_changes(comparison, rows, unit) for unit in (STANDARD_ERRORS, BETWEEN_HEADS)]
     return (
