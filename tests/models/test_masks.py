@@ -248,21 +248,40 @@ def test_masks_that_mean_nothing_here_are_refused():
         pattern_of(torch.ones(1, 1, 5, 5).long(), 5, 5)
 
 
-def test_a_model_may_slice_its_mask_but_not_add_it():
-    mask = mask_function(2, 5, 5)
-    part = mask[:, :, 1:3]
-    assert part.shape == (2, 1, 2, 5)
-    pattern, bias, _ = pattern_of(part, 2, 5)
-    assert torch.equal(pattern.table, mask.dense()[:, :, 1:3])
+def test_a_model_may_compute_with_its_mask():
+    """It gets the tensor that its own implementation would have built."""
+    boolean = mask_function(2, 5, 5)
+    want = masking.sdpa_mask(2, 5, 5, allow_is_causal_skip=False)
+    assert torch.equal(boolean[:, :, 1:3], want[:, :, 1:3])
+    assert torch.equal(~boolean, ~want)
+    assert isinstance(boolean.contiguous(), PatternMask)  # nothing was computed
+    additive = PatternMask.of(Causal(), (2, 5, 5), dtype=torch.float32)
+    want = masking.eager_mask(2, 5, 5)
+    assert torch.equal(additive + 1.0, want + 1.0)
+    longer = torch.cat([additive, torch.zeros(2, 1, 5, 2)], -1)
+    pattern, bias, _ = pattern_of(longer, 5, 7)
     assert bias is None
-    # of 20 entries, queries 1 and 2 see 2 and 3 keys in each sequence
-    assert torch.where(part, 0.0, -1.0).sum() == -10
-    for wrong in (
-        lambda m: m + torch.zeros(1),
-        lambda m: m.float(),
-        lambda m: 1.0 - m[:, :, :2].to(torch.float32),
-        lambda m: torch.cat([m, torch.zeros(2, 1, 5, 1)], -1),
-    ):
-        with pytest.raises(UnsupportedModelError, match="calculates with its attention mask"):
-            wrong(mask)
-    assert isinstance(mask.contiguous(), PatternMask)
+    assert torch.equal(pattern.table, longer == 0)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_models_that_join_their_mask_are_observed_rightly(implementation):
+    model = FAMILIES["llama"](implementation)
+    for layer in model.model.layers:  # attend to nothing new, but touch the mask on the way
+        own = layer.self_attn.forward
+
+        def touched(hidden_states, attention_mask=None, own=own, **more):
+            if attention_mask is not None:
+                parts = attention_mask[..., :4], attention_mask[..., 4:]
+                attention_mask = torch.cat(parts, -1)
+            return own(hidden_states=hidden_states, attention_mask=attention_mask, **more)
+
+        layer.self_attn.forward = touched
+    given = inputs(model, padding="right")
+    found = []
+    with torch.no_grad():
+        before = model(**given).logits
+        with observe(view(model), lambda r: found.append(r.map.scores)):
+            during = model(**given).logits
+    torch.testing.assert_close(during, before, atol=1e-5, rtol=1e-5)
+    assert all(isinstance(s.pattern, Mask) and s.bias is None for s in found)

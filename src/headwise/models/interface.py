@@ -114,8 +114,8 @@ def attention_function(
     if observer is None:
         raise RuntimeError(
             f"{type(module).__name__} is set to the attention {NAME!r}, which works only inside "
-            "`with headwise.models.observe(view, ...)` and for the modules of that view. If modules "
-            "were exchanged, take the view anew; to leave it, call model.set_attn_implementation"
+            "`with headwise.models.observe(view, ...)` and for the modules of that view: take it "
+            "anew if modules were exchanged; model.set_attn_implementation(...) leaves it"
         )
     if dropout and module.training:
         raise ValueError(

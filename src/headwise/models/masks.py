@@ -1,9 +1,9 @@
 """The masks that a model builds, as patterns.
 
 `mask_function` is what transformers calls when a model with our attention asks for a mask. It
-returns a `PatternMask`: to the model's code a boolean tensor of the right shape, which takes no
-memory; to our attention the pattern itself. A model that computes with its mask (slices, moves,
-joins it) gets the real tensor at that moment, so that nothing is lost but memory.
+returns a `PatternMask`: to the model's code a tensor of the right shape and type, which takes no
+memory; to our attention the pattern itself. A model that computes with its mask (slices it, joins
+it with another) gets the real tensor at that moment, so that nothing is lost but memory.
 """
 
 from __future__ import annotations
@@ -18,79 +18,57 @@ from headwise.maps import Full, KeyMask, Mask, Padding, Pattern
 from headwise.models.errors import UnsupportedModelError
 from headwise.models.rule import Rule, recognise
 
-BOOLEAN_USES = frozenset({"where", "masked_fill", "index", "masked_select"})
-"""Operations whose result may be of another type although they use the mask as a boolean."""
+BEFORE: dict[int, str] = {}
+"""id of a config -> the attention implementation that it had before ours."""
 
 
 class PatternMask(Tensor):
-    """A boolean tensor `(batch, 1, n_q, n_k)`, True = may look, that exists as a pattern.
+    """A tensor `(batch, 1, n_q, n_k)` that exists as a pattern.
 
-    What is made of it (slices, joins) is a PatternMask too, which then holds the real tensor.
+    To code that computes with it, it is the mask that the model's own implementation would have
+    had: booleans (True = may look), or, `additive`, 0 and the lowest number of its type.
     `keys`: `(batch, n_k)`, True where a key is real, or None where nothing is padded.
     """
 
-    pattern: Pattern | None
+    pattern: Pattern
     keys: Tensor | None
-    table: Tensor | None
 
     @staticmethod
     def of(
         pattern: Pattern,
         shape: tuple[int, int, int],
-        device: torch.device | str,
+        device: torch.device | str = "cpu",
         keys: Tensor | None = None,
+        dtype: torch.dtype = torch.bool,
     ) -> PatternMask:
-        """Of a pattern over (batch, n_q, n_k)."""
+        """Of a pattern over (batch, n_q, n_k); additive if `dtype` is a floating type."""
         batch, n_q, n_k = shape
-        made = PatternMask._empty((batch, 1, n_q, n_k), torch.device(device))
-        made.pattern, made.keys = pattern, keys
-        return made
-
-    @staticmethod
-    def holding(table: Tensor) -> PatternMask:
-        """Of a boolean tensor of any shape."""
-        made = PatternMask._empty(tuple(table.shape), table.device)
-        made.table = table
-        return made
-
-    @staticmethod
-    def _empty(shape: tuple[int, ...], device: torch.device) -> PatternMask:
-        made = Tensor._make_wrapper_subclass(PatternMask, shape, dtype=torch.bool, device=device)
+        made = Tensor._make_wrapper_subclass(
+            PatternMask, (batch, 1, n_q, n_k), dtype=dtype, device=torch.device(device)
+        )
         assert isinstance(made, PatternMask)
-        made.pattern = made.keys = made.table = None
+        made.pattern, made.keys = pattern, keys
         return made
 
     def dense(self) -> Tensor:
         """The tensor that it stands for."""
-        if self.table is None:
-            assert self.pattern is not None
-            batch, _, n_q, n_k = self.shape
-            table = self.pattern.mask(n_q, n_k, batch, 1, self.device)
-            self.table = table.expand(batch, 1, n_q, n_k).contiguous()
-        return self.table
+        batch, _, n_q, n_k = self.shape
+        table = self.pattern.mask(n_q, n_k, batch, 1, self.device).expand(batch, 1, n_q, n_k)
+        if self.dtype == torch.bool:
+            return table.contiguous()
+        zero = torch.zeros((), dtype=self.dtype, device=self.device)
+        return torch.where(table, zero, torch.finfo(self.dtype).min)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
-        return f"PatternMask({self.pattern!r}, shape={tuple(self.shape)})"
+        return f"PatternMask({self.pattern!r}, shape={tuple(self.shape)}, {self.dtype})"
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        name = func.overloadpacket.__name__.rstrip("_")
-        if name in ("detach", "alias"):
+        if func.overloadpacket.__name__ == "detach":
             return args[0]
-        made = func(*_dense(args), **_dense(kwargs or {}))
-        if isinstance(made, Tensor) and made.dtype == torch.bool:
-            return cls.holding(made)
-        # Whoever adds a mask to scores, or joins it with an additive one, expects 0 and -inf;
-        # booleans become 0 and 1 there, and nothing would be masked, silently.
-        floating = isinstance(made, Tensor) and made.is_floating_point()
-        if floating and name not in BOOLEAN_USES:
-            raise UnsupportedModelError(
-                f"the model calculates with its attention mask ({func}) instead of handing it to "
-                "its attention; whether it means a boolean or an additive mask cannot be known"
-            )
-        return made
+        return func(*_dense(args), **_dense(kwargs or {}))
 
 
 def _dense(value: Any) -> Any:
@@ -113,13 +91,15 @@ def mask_function(
     attention_mask: Tensor | None = None,
     use_vmap: bool = False,
     device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    config: Any = None,
     **kwargs: Any,
 ) -> PatternMask:
     """transformers' mask interface: the mask of `batch_size` x `q_length` queries from position
     `q_offset` and `kv_length` keys from `kv_offset`, where `mask_function` allows and the 2-D
     `attention_mask` is True.
 
-    `kwargs` are settings of other implementations (dtype, permission to skip a mask ...).
+    `kwargs` are settings of other implementations (permission to skip a mask ...).
     """
     if mask_function is None:
         from transformers.masking_utils import causal_mask_function as mask_function
@@ -138,7 +118,9 @@ def mask_function(
     keys = _real_keys(attention_mask, kv_length, int(kv_offset))
     if keys is not None:
         pattern = pattern & padding(keys)
-    return PatternMask.of(pattern, (batch_size, q_length, kv_length), device, keys)
+    additive = BEFORE.get(id(config)) == "eager"
+    shape = (batch_size, q_length, kv_length)
+    return PatternMask.of(pattern, shape, device, keys, dtype if additive else torch.bool)
 
 
 def _real_keys(attention_mask: Tensor | None, n_k: int, kv_offset: int) -> Tensor | None:
@@ -177,9 +159,7 @@ def pattern_of(mask: Tensor, n_q: int, n_k: int) -> tuple[Pattern, Tensor | None
             f"and {n_k} keys; expected (batch or 1, heads or 1, {n_q}, {n_k})"
         )
     if isinstance(mask, PatternMask):
-        if mask.pattern is not None:
-            return mask.pattern, None, mask.keys
-        mask = mask.dense()
+        return mask.pattern, None, mask.keys
     whole = mask.expand(*mask.shape[:2], n_q, n_k)
     if mask.dtype == torch.bool:
         return Mask(whole), None, None

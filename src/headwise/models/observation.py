@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from headwise.maps import AttentionMap
-from headwise.models import conformance, interface
+from headwise.models import conformance, interface, masks
 from headwise.models.errors import UnobservedError, UnsupportedModelError
 from headwise.models.interface import Terms
 from headwise.models.layers import LayerHooks
@@ -237,6 +237,7 @@ def _switched(view: ModelView) -> Iterator[None]:
     """The model with our attention; afterwards every config says what it said before."""
     interface.register()
     kept = {id(config): (config, config._attn_implementation) for config in _configs(view.model)}
+    masks.BEFORE.update({key: before or "eager" for key, (_, before) in kept.items()})
     try:
         for part in _outermost(view.model):
             part.set_attn_implementation(interface.NAME)
@@ -250,7 +251,8 @@ def _switched(view: ModelView) -> Iterator[None]:
                 )
         yield
     finally:
-        for config, implementation in kept.values():
+        for key, (config, implementation) in kept.items():
+            masks.BEFORE.pop(key, None)
             # the attribute behind the property: the property would set sub-configs as well
             config._attn_implementation_internal = implementation
 
