@@ -1,4 +1,4 @@
-"""stories260K: a Llama of 260,032 parameters, 8 query and 4 key-value heads, trained on TinyStories.
+"""stories260K: a Llama of 260,032 parameters, 8 query and 4 key-value heads, on TinyStories.
 
 Weights: karpathy/tinyllamas (MIT). It is small enough to know well: previous-token heads, no
 sink, and no induction, since stories hardly ever repeat a sequence.
