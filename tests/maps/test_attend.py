@@ -32,19 +32,19 @@ def check(case: Case, backend: str | None) -> None:
     )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(cases())
 def test_tiled_equals_dense(case: Case) -> None:
     check(case, "tiled")
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(cases(patterns="band"))
 def test_flash_equals_dense(case: Case) -> None:
     check(case, "flash")
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(cases())
 def test_dense_and_automatic_equal_dense(case: Case) -> None:
     check(case, "dense")

@@ -136,38 +136,38 @@ def check_pair(case: Case, engine: str, same_support: bool) -> None:
     )
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 @given(cases(), st.data())
 def test_tiles_equal_dense(case: Case, data: st.DataObject) -> None:
     check(case, "tiles", data)
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 @given(cases(patterns="band"), st.data())
 def test_algebra_equals_dense(case: Case, data: st.DataObject) -> None:
     check(case, "algebra", data)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(cases(), st.data())
 def test_automatic_choice_equals_dense(case: Case, data: st.DataObject) -> None:
     check(case, "auto", data)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(cases(dtypes=(torch.float32,)), st.data())
 def test_dense_engine_equals_dense(case: Case, data: st.DataObject) -> None:
     check(case, "dense", data)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(cases(dtypes=(torch.float32, torch.float64), sizes=(1.0,)), st.booleans())
 def test_pairs_by_tiles(case: Case, same_support: bool) -> None:
     check_pair(case, "tiles", same_support)
     check_pair(case, "auto", same_support)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(cases(dtypes=(torch.float32, torch.float64), patterns="band", sizes=(1.0,)))
 def test_pairs_by_algebra(case: Case) -> None:
     check_pair(case, "algebra", same_support=True)

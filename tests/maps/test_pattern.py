@@ -62,7 +62,7 @@ def test_two_bands_are_recognised_as_one() -> None:
     assert ~~Causal() == Causal()
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.data())
 def test_ranges_bound_what_is_allowed(data: st.DataObject) -> None:
     batch = data.draw(st.integers(1, 3))

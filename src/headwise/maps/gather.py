@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from headwise.maps import kernels
 from headwise.maps.scores import Scores
 
 ROWS = 128  # sorted queries handled together
@@ -71,7 +72,12 @@ def mass_matching(scores: Scores, lse: Tensor, query_ids: Tensor, key_ids: Tenso
     query_ids = ids_of(query_ids.to(s.device), s.batch, s.n_q, "query_ids")
     key_ids = ids_of(key_ids.to(s.device), s.batch, s.n_k, "key_ids")
     out = torch.zeros(s.q.shape[:3], dtype=s.dtype, device=s.device)
-    positions = s.positions()
+    fused = (
+        s.softcap is None
+        and s.bias is None
+        and s.device.type == "cpu"
+        and kernels.why_not(s.device, s.dtype, s.q.shape[-1]) is None
+    )
     for b in range(s.batch):
         q_order = query_ids[b].argsort(stable=True)
         q_order = q_order[query_ids[b, q_order] >= 0]
@@ -83,19 +89,40 @@ def mass_matching(scores: Scores, lse: Tensor, query_ids: Tensor, key_ids: Tenso
         if not len(some):
             continue
         q_order, ids_q, low, high = q_order[some], ids_q[some], low[some], high[some]
-        q = (s.q[b, :, q_order].to(s.dtype) * s.scale).view(s.kv_heads, s.group, len(some), -1)
-        k = s.k[b, :, k_order].to(s.dtype)
+        q, k = s.q[b, :, q_order].to(s.dtype), s.k[b, :, k_order].to(s.dtype)
         row = lse[b][:, q_order].to(s.dtype)
         row = row.masked_fill(row == float("-inf"), 0.0)
         for start in range(0, len(some), ROWS):
             block = slice(start, min(start + ROWS, len(some)))
             first, last = int(low[block.start]), int(high[block.stop - 1])
-            rows = block.stop - block.start
-            near = q[:, :, block].reshape(s.kv_heads, s.group * rows, -1)
-            logits = (near @ k[:, first:last].transpose(1, 2)).view(s.heads, rows, -1)
-            i, j = positions[q_order[block]][:, None], k_order[first:last][None, :]
-            logits = pair_logits(s, b, i, j, logits)
+            rows, keys = q_order[block], k_order[first:last]
             same = ids_q[block][:, None] == ids_k[first:last][None, :]
-            p = (logits - row[:, block, None]).exp().masked_fill(~same, 0.0)
-            out[b, :, q_order[block]] = p.sum(-1)
+            part = _fused if fused else _by_hand
+            mass = part(s, b, (q[:, block], rows), (k[:, first:last], keys), same)
+            out[b, :, rows] = (mass - row[:, block]).exp()
     return out.clamp_max(1.0)
+
+
+def _by_hand(
+    s: Scores, b: int, queries: tuple[Tensor, Tensor], keys: tuple[Tensor, Tensor], same: Tensor
+) -> Tensor:
+    """lse `(heads, rows)` over the keys that are the same, of gathered (vectors, positions)."""
+    (q, row), (k, j) = queries, keys
+    grouped = (q * s.scale).reshape(s.kv_heads, s.group * len(row), -1)
+    logits = (grouped @ k.transpose(1, 2)).view(s.heads, len(row), -1)
+    logits = pair_logits(s, b, s.positions()[row][:, None], j[None, :], logits)
+    return logits.masked_fill(~same, float("-inf")).logsumexp(-1)
+
+
+def _fused(
+    s: Scores, b: int, queries: tuple[Tensor, Tensor], keys: tuple[Tensor, Tensor], same: Tensor
+) -> Tensor:
+    """The same from the kernel, which takes what is forbidden as an additive mask."""
+    (q, row), (k, j) = queries, keys
+    batch = torch.full((1,), b, device=s.device)
+    head = torch.arange(s.heads, device=s.device)
+    allowed = s.pattern.tile(s.positions()[row], j, batch, head) & same
+    hidden = torch.zeros((), dtype=s.dtype, device=s.device).masked_fill(~allowed, float("-inf"))
+    lse = kernels.flash(q[None], k[None], k[None], s.scale, False, hidden)[1]
+    # where nothing is allowed the kernel says 0
+    return lse.masked_fill(~allowed.any(-1), float("-inf"))[0]

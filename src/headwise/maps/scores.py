@@ -40,7 +40,7 @@ class Alibi:
     slopes: tuple[float, ...]
 
     def tile(self, i: Tensor, j: Tensor) -> Tensor:
-        slopes = torch.tensor(self.slopes, device=i.device, dtype=torch.float32)
+        slopes = torch.tensor(self.slopes, device=i.device, dtype=torch.float64)
         return -slopes[:, None, None] * (i[:, None] - j[None, :]).abs()
 
 
