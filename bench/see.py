@@ -91,9 +91,9 @@ def see(model: Any, ids: Tensor, instruments: tuple[str, ...]) -> Callable[[], A
 
 def text_instruments() -> tuple[str, ...]:
     """Names of the default instruments whose stimulus is the text."""
-    from headwise.instruments.catalog import INSTRUMENTS
+    from headwise.instruments.catalog import chosen
 
-    return tuple(x.name for x in INSTRUMENTS if x.stimulus == "text")
+    return tuple(kind.name for kind in chosen(None) if kind.stimulus == "text")
 
 
 def dense(model: Any, ids: Tensor) -> Callable[[], Any]:

@@ -72,7 +72,11 @@ class Case:
             s = self.softcap * torch.tanh(s / self.softcap)
         i, j = torch.arange(n_q) + n_k - n_q, torch.arange(n_k)
         if isinstance(self.bias, Alibi):
-            s = s - torch.tensor(self.bias.slopes).double()[:, None, None] * (i[:, None] - j).abs()
+            s = (
+                s
+                - torch.tensor(self.bias.slopes, dtype=torch.float64)[:, None, None]
+                * (i[:, None] - j).abs()
+            )
         elif self.bias is not None:
             s = s + self.bias.double()
         s = s.masked_fill(~self.pattern.mask(n_q, n_k, batch, heads), float("-inf"))

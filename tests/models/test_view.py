@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from headwise.models import UnsupportedModelError, observe, view
+from headwise.models.stacks import stack_labels
 from tests.models import families
 from tests.models.families import FAMILIES, inputs, transformers
 
@@ -154,6 +155,19 @@ def test_stacks_and_kinds():
     assert [layer.index for layer in seen.layers] == [0, 1, 0, 1, 2]
     assert seen.causal
     assert not view(FAMILIES["bert"]()).causal
+
+
+def test_stacks_are_named_by_what_their_paths_say():
+    def names(*paths):
+        return list(stack_labels(list(paths), [], {}).values())
+
+    assert names("model.encoder.layers", "model.decoder.layers") == ["encoder", "decoder"]
+    assert names("encoder.encoder.layer", "decoder.bert.encoder.layer") == ["encoder", "decoder"]
+    assert names("text_encoder.layers", "text_decoder.layers") == ["encoder", "decoder"]
+    assert names("vision_tower.encoder.layers", "language_model.layers") == ["vision", "text"]
+    towers = ("vision_model.encoder.layers", "qformer.encoder.layer", "language_model.layers")
+    assert names(*towers) == ["vision", "qformer", "text"]
+    assert names("a.x.layers", "a.y.layers") == ["a.x.layers", "a.y.layers"]
 
 
 def test_shared_layers_are_counted_by_run():

@@ -94,15 +94,14 @@ def _atlas(
                 rows.append({"layer": layer, "head": head, "stack": stack, "attention": attention}
                             | _numbers(role, weights, words, rng, depth))  # fmt: skip
                 maps.append(weights)
-    flat = np.stack(maps).reshape(len(maps), -1)
-    unit = flat / np.linalg.norm(flat, axis=1, keepdims=True)
-    similarity = np.clip(unit @ unit.T, 0, 1)
+    similarity = np.clip(_cosines(np.stack(maps).reshape(len(maps), -1)), 0, 1)
     np.fill_diagonal(similarity, -1)
     known = [c.name for c in HEAD_COLUMNS if c.name in rows[0]]
     table = {name: np.array([row[name] for row in rows]) for name in known}
     table["similarity"] = similarity.max(1)
     table["similar_to"] = similarity.argmax(1)
     np.fill_diagonal(similarity, 1)
+    rest = np.clip(_cosines(np.stack(maps)[:, :, 1:].reshape(len(maps), -1)), 0, 1)
     if len(panels) == 1:
         del table["stack"], table["attention"]
     kinds, reasons = label_all(table)
@@ -115,7 +114,11 @@ def _atlas(
     return Atlas(
         heads=table,
         layers=_layers(panels, rng),
-        pairs={"similarity": similarity, "similarity_se": similarity * 0.02},
+        pairs={
+            "similarity": similarity,
+            "similarity_se": similarity * 0.02,
+            "similarity_rest": rest,
+        },
         spread=spread if texts > 1 else {},
         reasons=reasons,
         tiles=[
@@ -131,6 +134,11 @@ def _atlas(
         ],
         provenance=_provenance(len(rows), texts),
     )
+
+
+def _cosines(flat: np.ndarray) -> np.ndarray:
+    unit = flat / np.linalg.norm(flat, axis=1, keepdims=True)
+    return unit @ unit.T
 
 
 def _role(depth: float, rng: np.random.Generator) -> str:

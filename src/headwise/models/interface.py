@@ -122,6 +122,9 @@ def attention_function(
             f"{type(module).__name__} drops out attention weights (it is in training mode), so "
             "its map changes from call to call: call model.eval() first"
         )
+    if query.shape[0] != key.shape[0]:  # learned queries may be one for the whole batch
+        batch = max(query.shape[0], key.shape[0])
+        query, key, value = (t.expand(batch, -1, -1, -1) for t in (query, key, value))
     terms = interpret(module, query, key, attention_mask, scaling, given, observer.before(module))
     given = {**given, "scaling": scaling}
     if key.dtype != query.dtype:

@@ -70,12 +70,22 @@ def stack_labels(
         causal = any(looks_back(modules[p.name], modules[""]) for p in places)
         return {lists[0]: "decoder" if causal else "encoder"}
     for choice in (SIDES, MODALITIES):
-        labels = {path: _label(path, choice) for path in lists}
-        if len(set(labels.values())) == len(lists) and "" not in labels.values():
-            return labels
-    return {path: path for path in lists}
+        named = {path: _label(path, choice) for path in lists}
+        if len(set(named.values())) == len(lists) and "" not in named.values():
+            return named
+    # whose words tell only some are called by the modality, or by the part that they belong to
+    named = {path: _label(path, MODALITIES) or _part(path) for path in lists}
+    return named if len(set(named.values())) == len(lists) else {path: path for path in lists}
 
 
 def _label(path: str, choice: tuple[tuple[str, set[str]], ...]) -> str:
-    words = set(re.split(r"[._]", path.lower()))
-    return next((label for label, said in choice if words & said), "")
+    """The label whose word comes first in the path."""
+    for word in re.split(r"[._]", path.lower()):
+        for label, said in choice:
+            if word in said:
+                return label
+    return ""
+
+
+def _part(path: str) -> str:
+    return path.removeprefix("model.").partition(".")[0]

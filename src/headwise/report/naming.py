@@ -8,7 +8,8 @@ __all__ = ["DOING", "GROUPS", "MEANING", "group", "label", "rules"]
 # heading -> columns; what stands nowhere goes under OTHER
 GROUPS: dict[str, tuple[str, ...]] = {
     "Sinks": (
-        "sink_mass", "found_sink_mass", "dormant_share", "value_drain", "received_concentration",
+        "sink_mass", "found_sink_mass", "learned_sink_mass", "dormant_share", "value_drain",
+        "received_concentration",
     ),
     "Spread": (
         "entropy", "entropy_share", "effective_keys", "max_weight", "mean_distance",
@@ -22,7 +23,8 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "induction_score", "induction_text", "previous_token_score", "duplicate_token_score",
         "same_token", "retrieval_score",
     ),
-    "Effect": ("residual_share", "ov_copying", "qk_matching", "output_norm", "similarity"),
+    "Effect": ("residual_share", "ov_copying", "qk_matching", "output_norm"),
+    "Likeness": ("similarity", "similarity_rest"),
 }  # fmt: skip
 OTHER = "Other"
 
@@ -37,6 +39,8 @@ _LABELS = {
     "duplicate_token_score": "duplicate-token score",
     "induction_text": "induction on text",
     "same_token": "same-token mass",
+    "learned_sink_mass": "learned-sink mass",
+    "similarity_rest": "similarity, first key left out",
     "positional_random": "positional, random tokens",
 }
 

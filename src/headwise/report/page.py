@@ -32,12 +32,12 @@ _SCRIPTS = (
 _DETAIL = (
     Detail(),
     Detail(tile=32),
-    Detail(tile=24),
-    Detail(tile=16),
-    Detail(tile=16, pairs=False),
-    Detail(tile=0, pairs=False),
-    Detail(tile=0, pairs=False, spread=False),
-    Detail(tile=0, pairs=False, spread=False, digits=3),
+    Detail(tile=32, pairs=("similarity",)),
+    Detail(tile=24, pairs=("similarity",)),
+    Detail(tile=16, pairs=()),
+    Detail(tile=0, pairs=()),
+    Detail(tile=0, pairs=(), spread=False),
+    Detail(tile=0, pairs=(), spread=False, digits=3),
 )
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from headwise.instruments.atlas import Atlas, Column
 from headwise.instruments.kinds import THRESHOLDS
 from headwise.report.naming import GROUPS, OTHER, group, label, rules
-from headwise.report.pieces import MOST_PAIRED, alike, neighbours, tiles
+from headwise.report.pieces import alike, neighbours, tiles
 from headwise.report.sentence import facts, sentences
 
 __all__ = ["Detail", "payload"]
@@ -22,12 +22,12 @@ _IDENTITY = ("layer", "head", "stack", "attention", "kind")
 class Detail:
     """How much of an atlas goes onto the page.
 
-    tile: tokens of a tile at most, 0 for none; pairs: similarities of all pairs of heads; spread:
-    standard errors; digits: significant digits of a number.
+    tile: tokens of a tile at most, 0 for none; pairs: which similarities of all pairs of heads;
+    spread: standard errors; digits: significant digits of a number.
     """
 
     tile: int = 64
-    pairs: bool = True
+    pairs: tuple[str, ...] = ("similarity", "similarity_rest")
     spread: bool = True
     digits: int = 5
 
@@ -35,7 +35,7 @@ class Detail:
 def payload(atlas: Atlas, detail: Detail, title: str | None = None) -> dict[str, Any]:
     """Everything that the page shows."""
     known = atlas.provenance
-    similarities = alike(atlas) if detail.pairs else None
+    similarities = alike(atlas, detail.pairs)
     return {
         "title": str(title or known.get("model") or "A model"),
         "sentences": sentences(atlas),
@@ -52,7 +52,7 @@ def payload(atlas: Atlas, detail: Detail, title: str | None = None) -> dict[str,
         "tiles": tiles(atlas, detail.tile),
         "thresholds": {"sink": THRESHOLDS.dormant, "writes": 25, "alike": 0.9},
         "provenance": _plain(known),
-        "left_out": _left_out(atlas, detail, similarities is not None),
+        "left_out": _left_out(atlas, detail, tuple(similarities)),
     }
 
 
@@ -152,18 +152,18 @@ def _definitions(atlas: Atlas) -> list[dict[str, str]]:
     ]
 
 
-def _left_out(atlas: Atlas, detail: Detail, paired: bool) -> list[str]:
+def _left_out(atlas: Atlas, detail: Detail, paired: tuple[str, ...]) -> list[str]:
     words = []
     largest = max((len(tile["tokens"]) for tile in atlas.tiles), default=0)
     if atlas.tiles and not detail.tile:
         words.append("the pieces of real maps")
     elif largest > detail.tile:
         words.append(f"tokens of the pieces of maps beyond the first {detail.tile}")
-    if "similarity" in atlas.pairs and not paired:
-        words.append(
-            "similarities of all pairs of heads "
-            f"({'more than ' + str(MOST_PAIRED) + ' heads' if detail.pairs else 'for size'})"
-        )
+    words += [
+        f"the {label(name)} of all pairs of heads"
+        for name in Detail().pairs
+        if name in atlas.pairs and name not in paired
+    ]
     if atlas.spread and not detail.spread:
         words.append("standard errors")
     return words

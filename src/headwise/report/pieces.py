@@ -55,12 +55,14 @@ def tiles(atlas: Atlas, most: int) -> dict[str, Any]:
     return {"texts": list(texts), "entries": entries}
 
 
-def alike(atlas: Atlas) -> str | None:
-    """Similarity of all pairs a < b in order of rows, as 16 bits of 65534; 65535: not measured."""
-    matrix = atlas.pairs.get("similarity")
-    if matrix is None or len(atlas) > MOST_PAIRED:
-        return None
-    upper = matrix[np.triu_indices(len(atlas), 1)].astype(np.float64)
+def alike(atlas: Atlas, names: tuple[str, ...]) -> dict[str, str]:
+    """Similarities of all pairs a < b in order of rows, as 16 bits of 65534; 65535: unknown."""
+    given = [name for name in names if name in atlas.pairs]
+    return {name: _halved(atlas.pairs[name]) for name in given if len(atlas) <= MOST_PAIRED}
+
+
+def _halved(matrix: np.ndarray) -> str:
+    upper = matrix[np.triu_indices(len(matrix), 1)].astype(np.float64)
     scaled = np.rint(np.clip(np.nan_to_num(upper, nan=0.0), 0, 1) * 65534).astype("<u2")
     scaled[~np.isfinite(upper)] = 65535
     return _base64(scaled)

@@ -73,13 +73,15 @@ function numbersPart(row) {
     for (const what of card.querySelectorAll(".what")) what.hidden = !explained;
     toggle.textContent = explained ? "hide what they mean" : "say what they mean";
   } }, explained ? "hide what they mean" : "say what they mean");
+  const missing = ATLAS.columns.filter((c) => !MEASURED.includes(c)).map((column) => column.label);
   return el("div", {},
     ATLAS.groups.map((name, i) => {
-      const columns = ATLAS.columns.filter((column) => column.group === name);
+      const columns = MEASURED.filter((column) => column.group === name);
       if (!columns.length) return null;
       return el("div", {}, el("div", { class: "between" }, el("h3", {}, name), i === 0 ? toggle : null),
         el("dl", { class: "metrics" }, columns.map((column) => metricLine(column, row))));
-    }));
+    }),
+    missing.length ? el("p", { class: "reason" }, `Not measured on any head: ${missing.join(", ")}.`) : null);
 }
 
 function metricLine(column, row) {

@@ -19,10 +19,11 @@ function drawDepth() {
   ];
   fill(byId("multiples"), charts);
   const about = byId("depth-about");
-  const several = headSeries(heads[0] || { values: [] }).length > 1;
+  const several = manyPanels;
   const names = manyPanels ? ATLAS.panels.map((panel, i) => el("span", { class: "series" },
     svg("svg", { width: 26, height: 8, "aria-hidden": "true" },
       svg("path", { d: "M1 4H25", class: `mean s${i % 3}` })), panelText(panel))) : [];
+  byId("depth").hidden = !charts.length;
   fill(about, layers.length ? "Numbers of the layers first; then numbers of the heads: " : "",
     "the line is the mean of a layer's heads, dots are single heads, the band their range. ",
     several ? el("span", {}, names) : null);
@@ -89,6 +90,7 @@ function depthChart(column, series, ofHeads, wide) {
       parts.push(svg("path", { d: dots.join(""), class: `dots ${style}` }));
     }
     const line = one.points.map((p) => `${x(p.layer).toFixed(1)} ${y(p.mean).toFixed(1)}`);
+    if (line.length === 1) line.push(line[0]); // a round cap makes a point of it
     if (line.length) parts.push(svg("path", { d: `M${line.join("L")}`, class: `mean ${style}` }));
   }
   const now = svg("path", { class: "now" });

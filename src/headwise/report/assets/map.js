@@ -6,7 +6,7 @@ function drawMapControls() {
   const groups = ATLAS.groups.map((name) => [name, MEASURED.filter((c) => c.group === name)])
     .filter(([, columns]) => columns.length);
   const metric = el("select", { id: "metric", onchange: () => change({ metric: metric.value, scale: "auto" }) },
-    HEADS.kind ? el("option", { value: "kind" }, "kind") : null,
+    HEADS.kind || !MEASURED.length ? el("option", { value: "kind" }, "kind") : null,
     TILES.size ? el("option", { value: "tile" }, "a piece of its map") : null,
     groups.map(([name, columns]) => el("optgroup", { label: name },
       columns.map((c) => el("option", { value: c.name }, c.label)))));
@@ -57,7 +57,8 @@ function mapWords() {
   const column = metricColumn();
   const what = column ? `its colour is the ${column.label}, its shape the kind`
     : "its colour and shape are its kind";
-  return `Every mark is a head; ${HEADS.kind ? what : `its colour is the ${column.label}`}.`;
+  if (!HEADS.kind) return column ? `Every square is a head; its colour is the ${column.label}.` : "";
+  return `Every mark is a head; ${what}.`;
 }
 
 function panelFigure(panel, index, wide) {

@@ -10,7 +10,11 @@ function scatterPair() {
 
 function drawScatter() {
   const box = byId("scatter");
-  if (!MEASURED.length) return;
+  if (MEASURED.length < 2) {
+    box.hidden = true;
+    byId("relations").hidden = !PAIRS.size;
+    return;
+  }
   const [cx, cy] = scatterPair();
   const choose = (key, now) => el("select", { onchange: (event) => change({ [key]: event.target.value }) },
     ATLAS.groups.map((name) => {

@@ -30,7 +30,7 @@ watch(["kinds"], () => { showFilter(); markPoints(); });
 watch(["kinds", "sort"], parts.rows);
 watch(["head"], () => { parts.card(); showOpen(); markPoints(); });
 watch(["x", "y"], parts.scatter);
-drawnToWidth(document.querySelector("main"), () => { parts.map(); parts.depth(); parts.scatter(); });
+drawnToWidth(document.querySelector("main"), () => { parts.map(); parts.depth(); parts.scatter(); parts.alike(); });
 byId("depth-more").addEventListener("click", () => { allOverDepth = !allOverDepth; parts.depth(); });
 addEventListener("hashchange", () => change(readAddress()));
 addEventListener("keydown", (event) => {

@@ -70,7 +70,7 @@ function readAddress() {
     else if (key === "theme" && ["light", "dark"].includes(text)) read.theme = text;
     else if (key === "sort" && /^-?\w+$/.test(text)) read.sort = text;
   }
-  if (read.metric === "kind" && !HEADS.kind) read.metric = MEASURED.length ? MEASURED[0].name : null;
+  if (read.metric === "kind" && !HEADS.kind && MEASURED.length) read.metric = MEASURED[0].name;
   return read;
 }
 

@@ -9,7 +9,7 @@ const PAGE_ROWS = 40;
 
 function tableColumns() {
   const first = FIRST_IN_TABLE.map(columnNamed).filter((c) => c && MEASURED.includes(c));
-  return wholeTable || first.length < 3 ? ATLAS.columns : first;
+  return wholeTable || first.length < 3 ? MEASURED : first;
 }
 
 function sortedRows() {
@@ -33,7 +33,7 @@ function drawTable() {
   whole.checked = wholeTable;
   whole.addEventListener("change", () => { wholeTable = whole.checked; drawRows(); });
   fill(byId("table-controls"),
-    el("label", { class: "tick" }, whole, `all ${ATLAS.columns.length} columns`),
+    el("label", { class: "tick" }, whole, `all ${MEASURED.length} columns`),
     el("button", { type: "button", class: "push", onclick: downloadTable }, "Download CSV"));
   byId("table-more").addEventListener("click", () => { everyRow = true; drawRows(); });
   drawRows();

@@ -1,5 +1,5 @@
 // Candidates to do without: heads parked on sinks that write little, and heads with a twin.
-const limits = { ...ATLAS.thresholds, withSinks: true };
+const limits = { ...ATLAS.thresholds, strict: false };
 
 function sinkOf(row) {
   const values = ["sink_mass", "found_sink_mass"].map(columnNamed).filter(Boolean)
@@ -36,7 +36,7 @@ function redundantHeads() {
     for (const other of kept) {
       const similarity = similarityOf(row, other);
       if (similarity === null || similarity < best) continue;
-      if (!limits.withSinks && sinkOf(row) >= limits.sink && sinkOf(other) >= limits.sink) continue;
+      if (limits.strict && !(similarityOf(row, other, "similarity_rest") >= limits.alike)) continue;
       best = similarity;
       twin = other;
     }
@@ -46,7 +46,11 @@ function redundantHeads() {
   return found.sort((a, b) => b.similarity - a.similarity);
 }
 
+const sinksKnown = () => ROWS.some((row) => sinkOf(row) !== null);
+const likenessKnown = () => PAIRS.size > 0 || ATLAS.neighbours.some((list) => list.length);
+
 function drawUnused() {
+  byId("unused").hidden = !sinksKnown() && !likenessKnown();
   drawDormant();
   drawRedundant();
 }
@@ -65,7 +69,7 @@ function limitField(text, key, step, least, most, draw) {
 
 function drawDormant() {
   const box = byId("dormant");
-  if (ROWS.every((row) => sinkOf(row) === null)) {
+  if (!sinksKnown()) {
     fill(box, el("h3", {}, "Dormant"), el("p", { class: "about" }, "Sinks were not measured."));
     return;
   }
@@ -87,23 +91,25 @@ function drawDormant() {
 
 function drawRedundant() {
   const box = byId("redundant");
-  if (!ATLAS.alike && ATLAS.neighbours.every((list) => !list.length)) {
+  if (!likenessKnown()) {
     fill(box, el("h3", {}, "Redundant"), el("p", { class: "about" }, "Similarities were not measured."));
     return;
   }
   const found = redundantHeads();
   const again = box.querySelector(".controls");
   const tick = el("input", { type: "checkbox" });
-  tick.checked = limits.withSinks;
-  tick.addEventListener("change", () => { limits.withSinks = tick.checked; drawRedundant(); });
+  tick.checked = limits.strict;
+  tick.addEventListener("change", () => { limits.strict = tick.checked; drawRedundant(); });
+  const rest = PAIRS.has("similarity_rest");
   const controls = again || el("div", { class: "controls" },
     limitField("Similarity, at least", "alike", 0.01, 0, 1, drawRedundant),
-    el("label", { class: "tick" }, tick, "also where both are parked on sinks"));
+    rest ? el("label", { class: "tick" }, tick, "with the first key left out, too") : null);
   fill(box, el("h3", {}, `Redundant: ${plural(found.length, "head")}`),
     el("p", { class: "about" }, "Attends as another head does that writes more and is not listed.",
-      ATLAS.alike ? "" : " Only the most similar heads of each were compared."),
-    controls, shortTable(["head", "like", "cosine", "on sinks"], found.map(({ row, twin, similarity }) =>
-      [headLink(row), headLink(twin), number(similarity), number(sinkOf(row))])),
+      PAIRS.size ? "" : " Only the most similar heads of each were compared."),
+    controls, shortTable(["head", "like", "cosine", rest ? "without first key" : "on sinks"],
+      found.map(({ row, twin, similarity }) => [headLink(row), headLink(twin), number(similarity),
+        number(rest ? similarityOf(row, twin, "similarity_rest") : sinkOf(row))])),
     copyable(found.map(({ row }) => row), "redundant"));
 }
 
