@@ -25,7 +25,7 @@ function drawSource() {
     && !ABOUT.some(([name]) => name === key) && !["texts", "versions", "settings", "command"].includes(key));
   for (const [key, value] of others) add(key, typeof value === "string" ? value : JSON.stringify(value));
   const texts = from.texts || [];
-  if (texts.length === 1) rows.push(el("dt", {}, "Spread"), el("dd", {}, "One text, so no standard errors."));
+  if (!ATLAS.columns.some((column) => column.spread)) add("Spread", "One sample, so no standard errors.");
   if (ATLAS.left_out.length) add("Left out here", `For size: ${ATLAS.left_out.join("; ")}. The atlas file has them.`);
   fill(byId("provenance"), el("dl", { class: "source" }, rows),
     from.command ? copyBlock(String(from.command), "The command that made this", "command") : null,
