@@ -1,0 +1,1 @@
+"""Recipes: how the models that headwise ships were made."""

@@ -1,0 +1,1 @@
+"""The embedded default model: corpus, training, export and evaluation."""
