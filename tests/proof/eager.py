@@ -27,7 +27,7 @@ def first_scores(output: Any) -> Tensor:
 
 
 def matrices(model: Any, inputs: dict[str, Any]) -> dict[Where, Tensor]:
-    """Attention matrices `(batch, heads, n_q, n_k)` that the model returns, in float64."""
+    """Attention matrices `(batch, heads, n_q, n_k)` that the model returns."""
     kept = model.config._attn_implementation
     model.set_attn_implementation("eager")
     with torch.no_grad():
@@ -42,7 +42,7 @@ def matrices(model: Any, inputs: dict[str, Any]) -> dict[Where, Tensor]:
     else:
         named = {(view(model).stacks[0], "self"): output.attentions}
     return {
-        (stack, kind, layer): matrix.double()
+        (stack, kind, layer): matrix
         for (stack, kind), found in named.items()
         for layer, matrix in enumerate(found)
     }
@@ -121,7 +121,7 @@ def differences(
     def read(reading: AttentionReading) -> None:
         at = where(reading)
         seen.add(at)
-        p = expected[at].roll(shift, 1)
+        p = expected[at].double().roll(shift, 1)
         n_q, n_k = p.shape[-2:]
         rows = torch.linspace(0, n_q - 1, min(n_q, 7)).long()
         valid = None if real is None else real.get(at[0])
