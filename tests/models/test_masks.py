@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from headwise.maps import Causal, Documents, Full, KeyMask, Mask, Padding, Predicate, Window
@@ -69,6 +71,44 @@ def test_windows_count_as_transformers_does():
     assert of(TWO_SIDED(3)) == Window(4, 3)
     assert of(masking.causal_mask_function) == Causal()
     assert of(WINDOW(40)) == Causal()  # a window longer than the text limits nothing
+
+
+def test_room_to_spare_shifts_the_window():
+    def of(rule, n_q, q_offset):
+        return mask_function(1, n_q, 16, q_offset=q_offset, mask_function=rule).pattern
+
+    assert of(masking.causal_mask_function, 5, 0) == Window(None, -11)
+    assert of(masking.causal_mask_function, 1, 7) == Window(None, -8)
+    assert of(WINDOW(4), 5, 6) == Window(9, -5)
+    assert of(masking.bidirectional_mask_function, 5, 0) == Full()
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    rule=st.one_of(
+        st.just(masking.causal_mask_function),
+        st.just(masking.bidirectional_mask_function),
+        st.integers(1, 20).map(WINDOW),
+        st.integers(0, 20).map(TWO_SIDED),
+        st.tuples(st.integers(1, 20), st.integers(0, 5)).map(lambda t: chunked(t[0], 0, t[1])),
+    ),
+    n_q=st.integers(1, 24),
+    more=st.integers(0, 24),
+    spare=st.integers(0, 5),
+    kv_offset=st.integers(0, 9),
+    padded=st.integers(-24, 24),
+)
+def test_any_mask_equals_transformers_own(rule, n_q, more, spare, kv_offset, padded):
+    """A cache of `more` keys, `spare` places after the queries, `padded` at the left or right."""
+    n_k = n_q + more + spare
+    real = torch.ones(2, n_k + kv_offset).bool()
+    if padded > 0:
+        real[1, : min(padded, n_k - 1) + kv_offset] = False
+    elif padded < 0:
+        real[1, padded:] = False
+    sizes = (2, n_q, n_k, kv_offset + more, kv_offset, rule, real)
+    want = masking.sdpa_mask(*sizes, allow_is_causal_skip=False)
+    assert torch.equal(mask_function(*sizes).dense(), want)
 
 
 def test_packed_sequences_are_documents():

@@ -51,9 +51,7 @@ def check(
     heads = torch.arange(query.shape[1], device=device)
     allowed = terms.pattern.tile(rows + (n_k - n_q), columns, zero, heads)
     allowed = allowed.expand(1, -1, len(rows), len(columns))
-    sees = allowed.any(-1)[0, 0]
-    if allowed.shape[1] > 1:
-        sees = allowed.any(-1).all(1)[0]
+    sees = allowed.any(-1).all(1)[0]  # rows that see nothing differ by convention
     if not bool(sees.any()):
         return
     rows, allowed = rows[sees], allowed[:, :, sees]
@@ -67,8 +65,7 @@ def check(
         lowest = torch.finfo(q.dtype).min
         mask = torch.where(allowed, torch.zeros((), dtype=q.dtype, device=device), lowest)
     if arguments.get("position_bias") is not None:
-        table = arguments["position_bias"].expand(-1, -1, n_q, n_k)
-        arguments["position_bias"] = table[:1][:, :, rows][..., columns]
+        arguments["position_bias"] = q.new_zeros(1) if bias is None else bias.to(q.dtype)
     elif bias is not None:  # it came with the mask
         mask = torch.where(allowed, bias.to(q.dtype), torch.finfo(q.dtype).min)
     try:
