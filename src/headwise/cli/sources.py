@@ -105,7 +105,9 @@ def read_texts(files: Sequence[str]) -> list[tuple[str, str]]:
         except FileNotFoundError:
             raise UserError(f"no text file {file!r}; --text takes files, not words") from None
         except IsADirectoryError:
-            raise UserError(f"{file} is a folder; --text takes text files") from None
+            raise UserError(
+                f"{file} is a folder; --text takes text files (MODEL goes before --text)"
+            ) from None
         except UnicodeDecodeError as error:
             raise UserError(
                 f"{file} is not UTF-8 text (byte {error.start} is {error.object[error.start]:#x})"
