@@ -153,7 +153,8 @@ def test_text_of_an_atlas_never_becomes_markup(tmp_path: Path) -> None:
     assert not re.search(r"[<>&]", parts.content["script"][1])
     data = data_of(path)
     assert data["title"] == HOSTILE
-    assert data["tiles"]["texts"][0][0] == TOKENS
+    marked = [token.replace("\ud800", "\N{REPLACEMENT CHARACTER}") for token in TOKENS]
+    assert data["tiles"]["texts"][0][0] == marked
     assert data["heads"]["kind"][0] == HOSTILE
     assert data["provenance"]["settings"] == {HOSTILE: None}
 
@@ -162,7 +163,7 @@ def test_a_hostile_title_is_only_a_title(tmp_path: Path) -> None:
     path = write(decoder(1, 2), tmp_path / "r.html", title="{{script}} \ud800 </h1><h1>")
     parts = Parts(path.read_text("utf-8"))
     assert parts.content["h1"] == ["{{script}} \N{REPLACEMENT CHARACTER} </h1><h1>"]
-    assert data_of(path)["title"] == "{{script}} \ud800 </h1><h1>"
+    assert data_of(path)["title"] == parts.content["h1"][0]
 
 
 def test_the_page_of_a_large_model_stays_small(tmp_path: Path) -> None:

@@ -84,9 +84,20 @@ def _page(content: dict[str, Any]) -> bytes:
 
 def embedded(content: dict[str, Any]) -> str:
     """JSON that can stand inside a <script> element: plain ASCII without <, > and &."""
-    text = json.dumps(content, separators=(",", ":"), allow_nan=False)
-    # json escapes what is not ASCII, lone surrogates and U+2028 among them; these three are left
+    text = json.dumps(_whole(content), separators=(",", ":"), allow_nan=False)
+    # json escapes what is not ASCII, U+2028 among it; these three are left
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def _whole(value: Any) -> Any:
+    """The same with half characters (lone surrogates) marked: not every program bears them."""
+    if isinstance(value, str):
+        return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    if isinstance(value, dict):
+        return {_whole(key): _whole(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_whole(entry) for entry in value]
+    return value
 
 
 def _policy(styles: list[str], scripts: list[str]) -> str:

@@ -78,9 +78,9 @@ function tileFigure(tile) {
     const way = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] }[event.key];
     if (!way) return;
     event.preventDefault();
-    const key = at.key === null ? at.row : at.key;
-    point(Math.min(Math.max(at.row + way[0], 0), piece.queries.length - 1),
-      Math.min(Math.max(key + way[1], 0), piece.keys.length - 1));
+    const row = Math.min(Math.max(at.row + way[0], 0), piece.queries.length - 1);
+    const last = piece.causal ? row : piece.keys.length - 1;
+    point(row, Math.min(Math.max((at.key === null ? at.row : at.key) + way[1], 0), last));
   });
   fill(words, spans.flatMap((span, c) => (c === 1 && piece.keyGap ? [" … ", span] : [span])));
   paintWords();
