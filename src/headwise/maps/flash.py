@@ -159,8 +159,8 @@ def band(
         if first >= last:
             parts.append(_nothing(q[:, :, end:], v))
         else:
-            some = q[:, :, end:], k[:, :, first:last], v[:, :, first:last]
-            parts.append(kernels.flash(*some, scale, False))
+            rest = q[:, :, end:], k[:, :, first:last], v[:, :, first:last]
+            parts.append(kernels.flash(*rest, scale, False))
     if len(parts) == 1:
         return parts[0]
     return torch.cat([p[0] for p in parts], 2), torch.cat([p[1] for p in parts], 2)

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from headwise.maps import kernels
 from headwise.maps.scores import Scores
 
-ROWS = 128  # sorted queries handled together
+ROWS = 32  # sorted queries of a block
+SPAN = 96  # keys up to which the runs of blocks are handled together
+WIDE = 128  # sorted queries of a block with a longer run
+TOGETHER = 2**20  # logits held at a time: they should stay in cache
 
 
 def ids_of(ids: Tensor, batch: int, n: int, name: str) -> Tensor:
@@ -20,8 +26,11 @@ def ids_of(ids: Tensor, batch: int, n: int, name: str) -> Tensor:
     return ids.expand(batch, n)
 
 
-def pair_logits(scores: Scores, b: int, i: Tensor, j: Tensor, s: Tensor) -> Tensor:
-    """Soft-cap, bias and pattern on scaled products s `(heads, ...)` of positions i, j `(...)`."""
+def pair_logits(
+    scores: Scores, b: int, i: Tensor, j: Tensor, s: Tensor, among: Tensor | None = None
+) -> Tensor:
+    """Soft-cap, bias and pattern on scaled products s `(heads, ...)` of positions i, j `(...)`;
+    `among` `(...)`: pairs that count at all."""
     if scores.softcap is not None:
         s = scores.softcap * torch.tanh(s / scores.softcap)
     if isinstance(scores.bias, Tensor):
@@ -39,6 +48,8 @@ def pair_logits(scores: Scores, b: int, i: Tensor, j: Tensor, s: Tensor) -> Tens
     head = torch.arange(scores.heads, device=s.device).view(-1, *(1,) * (s.dim() - 1))
     batch = torch.full((1,) * s.dim(), b, device=s.device)
     allowed = scores.pattern.allowed(i[None], j[None], batch, head)
+    if among is not None:
+        allowed = allowed & among
     return s.masked_fill(~allowed, float("-inf"))
 
 
@@ -67,62 +78,119 @@ def mass_at(scores: Scores, lse: Tensor, index: Tensor) -> Tensor:
 
 def mass_matching(scores: Scores, lse: Tensor, query_ids: Tensor, key_ids: Tensor) -> Tensor:
     """Mass on keys with the query's id. Sorting by id makes equal ids neighbours, so that a block
-    of sorted queries needs only the short run of sorted keys that carries their ids."""
+    of sorted queries needs only the short run of sorted keys that carries their ids.
+
+    Most ids are rare: their blocks have runs of a few dozen keys and go together, many at a time.
+    Frequent ids have long runs and go block by block.
+    """
     s = scores
     query_ids = ids_of(query_ids.to(s.device), s.batch, s.n_q, "query_ids")
     key_ids = ids_of(key_ids.to(s.device), s.batch, s.n_k, "key_ids")
     out = torch.zeros(s.q.shape[:3], dtype=s.dtype, device=s.device)
-    fused = (
-        s.softcap is None
-        and s.bias is None
-        and s.device.type == "cpu"
-        and kernels.why_not(s.device, s.dtype, s.q.shape[-1]) is None
-    )
+    reduce = _fused if _fuses(s) else _blocks
     for b in range(s.batch):
-        q_order = query_ids[b].argsort(stable=True)
-        q_order = q_order[query_ids[b, q_order] >= 0]
-        k_order = key_ids[b].argsort(stable=True)
-        ids_q, ids_k = query_ids[b, q_order].contiguous(), key_ids[b, k_order].contiguous()
+        q_order, k_order = query_ids[b].argsort(stable=True), key_ids[b].argsort(stable=True)
+        ids_k = key_ids[b, k_order].contiguous()
+        ids_q = query_ids[b, q_order].contiguous()
         low = torch.searchsorted(ids_k, ids_q)
         high = torch.searchsorted(ids_k, ids_q, right=True)
-        some = (high > low).nonzero()[:, 0]
+        some = ((high > low) & (ids_q >= 0)).nonzero()[:, 0]
         if not len(some):
             continue
-        q_order, ids_q, low, high = q_order[some], ids_q[some], low[some], high[some]
-        q, k = s.q[b, :, q_order].to(s.dtype), s.k[b, :, k_order].to(s.dtype)
-        row = lse[b][:, q_order].to(s.dtype)
+        run = _Run(q_order[some], k_order, low[some], high[some])
+        lse_of = torch.empty((s.heads, len(some)), dtype=s.dtype, device=s.device)
+        starts = torch.arange(0, len(some), ROWS, device=s.device)
+        ends = (starts + ROWS).clamp_max(len(some))
+        narrow = run.high[ends - 1] - run.low[starts] <= SPAN
+        together = max(1, TOGETHER // (s.heads * ROWS * SPAN))
+        for part in starts[narrow].split(together) if bool(narrow.any()) else ():
+            rows = (part[:, None] + torch.arange(ROWS, device=s.device)).clamp_max(len(some) - 1)
+            # rows beyond the last repeat it, with the same value
+            lse_of[:, rows.reshape(-1)] = reduce(s, b, run, rows, SPAN)
+        for first, last in _joined(starts[~narrow].tolist(), len(some)):
+            rows = torch.arange(first, last, device=s.device)[None]
+            width = int(run.high[last - 1] - run.low[first])
+            lse_of[:, first:last] = reduce(s, b, run, rows, width)
+        row = lse[b][:, run.queries].to(s.dtype)
         row = row.masked_fill(row == float("-inf"), 0.0)
-        for start in range(0, len(some), ROWS):
-            block = slice(start, min(start + ROWS, len(some)))
-            first, last = int(low[block.start]), int(high[block.stop - 1])
-            rows, keys = q_order[block], k_order[first:last]
-            same = ids_q[block][:, None] == ids_k[first:last][None, :]
-            part = _fused if fused else _by_hand
-            mass = part(s, b, (q[:, block], rows), (k[:, first:last], keys), same)
-            out[b, :, rows] = (mass - row[:, block]).exp()
+        out[b, :, run.queries] = (lse_of - row).exp()
     return out.clamp_max(1.0)
 
 
-def _by_hand(
-    s: Scores, b: int, queries: tuple[Tensor, Tensor], keys: tuple[Tensor, Tensor], same: Tensor
-) -> Tensor:
-    """lse `(heads, rows)` over the keys that are the same, of gathered (vectors, positions)."""
-    (q, row), (k, j) = queries, keys
-    grouped = (q * s.scale).reshape(s.kv_heads, s.group * len(row), -1)
-    logits = (grouped @ k.transpose(1, 2)).view(s.heads, len(row), -1)
-    logits = pair_logits(s, b, s.positions()[row][:, None], j[None, :], logits)
-    return logits.masked_fill(~same, float("-inf")).logsumexp(-1)
+@dataclass(frozen=True)
+class _Run:
+    """Queries and keys sorted by id: query t of the list matches keys[low[t] : high[t]]."""
+
+    queries: Tensor
+    keys: Tensor
+    low: Tensor
+    high: Tensor
+
+    def window(self, rows: Tensor, width: int) -> tuple[Tensor, Tensor]:
+        """For blocks of rows `(blocks, rows)`: keys `(blocks, width)` from the first that a row
+        of the block matches, and which of them each row matches `(blocks, rows, width)`."""
+        at = self.low[rows[:, :1]] + torch.arange(width, device=rows.device)
+        low, high = self.low[rows][..., None], self.high[rows][..., None]
+        matches = (at[:, None] >= low) & (at[:, None] < high)
+        return self.keys[at.clamp_max(len(self.keys) - 1)], matches
 
 
-def _fused(
-    s: Scores, b: int, queries: tuple[Tensor, Tensor], keys: tuple[Tensor, Tensor], same: Tensor
-) -> Tensor:
-    """The same from the kernel, which takes what is forbidden as an additive mask."""
-    (q, row), (k, j) = queries, keys
-    batch = torch.full((1,), b, device=s.device)
-    head = torch.arange(s.heads, device=s.device)
-    allowed = s.pattern.tile(s.positions()[row], j, batch, head) & same
+def _joined(starts: list[int], n: int) -> Iterator[tuple[int, int]]:
+    """Blocks of ROWS rows that follow each other, joined up to WIDE rows."""
+    at = 0
+    while at < len(starts):
+        first = starts[at]
+        last = first + ROWS
+        at += 1
+        while at < len(starts) and starts[at] == last and last - first < WIDE:
+            last += ROWS
+            at += 1
+        yield first, min(last, n)
+
+
+def _blocks(s: Scores, b: int, run: _Run, rows: Tensor, width: int) -> Tensor:
+    """lse `(heads, blocks * rows)` over the keys that match, for blocks of rows of the list."""
+    blocks, r = rows.shape
+    keys, matches = run.window(rows, width)
+    query = run.queries[rows]
+    q = (_taken(s.q[b], query, s.dtype) * s.scale).view(s.kv_heads, s.group, blocks, r, -1)
+    k = _taken(s.k[b], keys, s.dtype)
+    products = q.transpose(1, 2).reshape(s.kv_heads, blocks, s.group * r, -1) @ k.mT
+    logits = products.view(s.kv_heads, blocks, s.group, r, width).transpose(1, 2)
+    logits = logits.reshape(s.heads, blocks, r, width)
+    i, j = s.positions()[query][..., None], keys[:, None]
+    logits = pair_logits(s, b, i.expand(-1, -1, width), j.expand(-1, r, -1), logits, matches)
+    return logits.logsumexp(-1).flatten(1)
+
+
+def _taken(x: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
+    """x[:, index] of `(heads, n, d)`, row by row: quicker than indexing with a table."""
+    return x.index_select(1, index.reshape(-1)).to(dtype).unflatten(1, index.shape)
+
+
+def _fuses(s: Scores) -> bool:
+    return (
+        s.softcap is None
+        and s.bias is None
+        and s.device.type == "cpu"
+        and not s.pattern.by_head
+        and kernels.why_not(s.device, s.dtype, s.q.shape[-1]) is None
+    )
+
+
+def _fused(s: Scores, b: int, run: _Run, rows: Tensor, width: int) -> Tensor:
+    """The same from the kernel: blocks stand where it expects heads, and what is forbidden is an
+    additive mask."""
+    keys, matches = run.window(rows, width)
+    query = run.queries[rows]
+    batch = torch.full((1, 1, 1), b, device=s.device)
+    allowed = matches & s.pattern.allowed(s.positions()[query][..., None], keys[:, None], batch)
     hidden = torch.zeros((), dtype=s.dtype, device=s.device).masked_fill(~allowed, float("-inf"))
-    lse = kernels.flash(q[None], k[None], k[None], s.scale, False, hidden)[1]
+    q, k = _taken(s.q[b], query, s.dtype), _taken(s.k[b], keys, s.dtype)
+    mask = hidden.expand(s.kv_heads, -1, -1, -1)
+    lse = torch.empty(q.shape[:-1], dtype=s.dtype, device=s.device)
+    for g in range(s.group):
+        heads = slice(g, None, s.group)
+        lse[heads] = kernels.flash(q[heads], k, k, s.scale, False, mask)[1]
     # where nothing is allowed the kernel says 0
-    return lse.masked_fill(~allowed.any(-1), float("-inf"))[0]
+    return lse.masked_fill(~allowed.any(-1), float("-inf")).flatten(1)

@@ -22,6 +22,10 @@ def flash(
     `causal` is for square maps only (the kernels align at the start). `mask`: additive, of q's
     type, CPU only. Key-value heads are shared by groups of query heads. lse carries no gradient.
     """
+    if 0 in q.shape or 0 in k.shape:  # the kernel divides by these
+        out = q.new_zeros((*q.shape[:3], v.shape[-1]))
+        wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+        return out, torch.full(q.shape[:3], float("-inf"), dtype=wide, device=q.device)
     d = q.shape[-1]
     if v.shape[-1] == d:
         return _flash(q, k, v, scale, causal, mask)

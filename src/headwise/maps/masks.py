@@ -185,6 +185,10 @@ class Mask(Pattern):
     def by_batch(self) -> bool:
         return self.table.shape[0] > 1
 
+    @property
+    def by_head(self) -> bool:
+        return self.table.shape[1] > 1
+
     def allowed(
         self, i: Tensor, j: Tensor, batch: Tensor | None = None, head: Tensor | None = None
     ) -> Tensor:
@@ -205,6 +209,10 @@ class Predicate(Pattern):
     @property
     def by_batch(self) -> bool:
         return self.by_batch_row
+
+    @property
+    def by_head(self) -> bool:
+        return True  # a function may do anything
 
     def allowed(
         self, i: Tensor, j: Tensor, batch: Tensor | None = None, head: Tensor | None = None

@@ -42,6 +42,11 @@ class Pattern:
         """Whether the pattern differs between the rows of a batch."""
         return False
 
+    @property
+    def by_head(self) -> bool:
+        """Whether the pattern differs between heads."""
+        return False
+
     def tile(self, i: Tensor, j: Tensor, batch: Tensor, head: Tensor) -> Tensor:
         """Boolean `(batch or 1, heads or 1, len(i), len(j))` for four index vectors."""
         mask = self.allowed(
@@ -195,6 +200,10 @@ class And(Pattern):
     def by_batch(self) -> bool:
         return self.a.by_batch or self.b.by_batch
 
+    @property
+    def by_head(self) -> bool:
+        return self.a.by_head or self.b.by_head
+
     def allowed(
         self, i: Tensor, j: Tensor, batch: Tensor | None = None, head: Tensor | None = None
     ) -> Tensor:
@@ -218,6 +227,10 @@ class Or(Pattern):
     def by_batch(self) -> bool:
         return self.a.by_batch or self.b.by_batch
 
+    @property
+    def by_head(self) -> bool:
+        return self.a.by_head or self.b.by_head
+
     def allowed(
         self, i: Tensor, j: Tensor, batch: Tensor | None = None, head: Tensor | None = None
     ) -> Tensor:
@@ -239,6 +252,10 @@ class Not(Pattern):
     @property
     def by_batch(self) -> bool:
         return self.of.by_batch
+
+    @property
+    def by_head(self) -> bool:
+        return self.of.by_head
 
     def allowed(
         self, i: Tensor, j: Tensor, batch: Tensor | None = None, head: Tensor | None = None

@@ -61,6 +61,9 @@ def summarize(scores: Scores, lse: Tensor, shape: tuple[int, int, int] | None = 
     received = torch.zeros((s.batch, s.heads, s.n_k), dtype=dtype, device=device)
     folded = s.softcap is None and s.bias is None
     basis = _moment_basis(dtype, device)
+    keys = s.k.to(dtype)
+    if folded:
+        keys = torch.nn.functional.pad(keys, (0, 1), value=1.0)  # meets -lse in the queries
     logits = torch.empty(kv * columns * group * rows, dtype=dtype, device=device)
     weights = torch.empty_like(logits)
 
@@ -73,7 +76,7 @@ def summarize(scores: Scores, lse: Tensor, shape: tuple[int, int, int] | None = 
         if folded:
             q = torch.cat([q, safe.transpose(1, 2) * -LOG2_E], -1)
         columns_of_q = q.transpose(1, 2).contiguous()
-        k = s.k[b, g0:g1].to(dtype)
+        k = keys[b, g0:g1]
         i = torch.arange(r0, r1, device=device) + s.offset
         minus_plogp = torch.zeros((g, group * r), dtype=dtype, device=device)
         largest = torch.full((g, group * r), NEGATIVE_INFINITY, dtype=dtype, device=device)
@@ -82,13 +85,10 @@ def summarize(scores: Scores, lse: Tensor, shape: tuple[int, int, int] | None = 
             c = high - low
             x = logits[: g * c * group * r].view(g, c, group * r)
             p = weights[: x.numel()].view_as(x)
-            if folded:
-                keys = torch.nn.functional.pad(k[:, low:high], (0, 1), value=1.0)
-                torch.bmm(keys, columns_of_q, out=x)
-                if masked:
-                    _hide(x, s, b, heads, i, low, high)
-            else:
-                torch.bmm(k[:, low:high], columns_of_q, out=x)
+            torch.bmm(k[:, low:high], columns_of_q, out=x)
+            if folded and masked:
+                _hide(x, s, b, heads, i, low, high)
+            if not folded:
                 x.copy_(_shaped(x, s, b, heads, i, low, high, masked))
                 x.sub_(safe * LOG2_E)
             torch.exp2(x, out=p)
