@@ -52,7 +52,7 @@ _SINKS = (
         "share",
         "Mass on sinks found anywhere: keys whose mean weight over the rows that see them is high, "
         "and the learned sink if there is one.",
-        f"{_GU}, section 3 (mean weight above 0.3, over at least 16 rows, or a quarter of them)",
+        f"{_GU}, section 3 (mean weight above 0.3, over at least 64 rows, or a quarter of them)",
     ),
     Column(
         "learned_sink_mass",

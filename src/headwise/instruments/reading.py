@@ -15,7 +15,7 @@ from headwise.models import AttentionReading
 
 __all__ = ["FEWEST_ROWS", "Reading"]
 
-FEWEST_ROWS = 16
+FEWEST_ROWS = 64
 """A key is called a sink only if so many queries see it; a quarter of them on inputs of less
 than four times as many. The last key of a causal map is seen by itself alone."""
 

@@ -103,17 +103,20 @@ class Similarity(Instrument):
     def _fold(self, weights: Tensor, places: Tensor) -> "tuple[_Rows, _Rows]":
         """weights `(heads, rows, n_k)` of the sampled rows with these numbers."""
         norm = torch.linalg.vector_norm(weights, dim=-1)
-        rest = (norm.square() - weights[..., 0].square()).clamp_min(0).sqrt()
+        rest = torch.linalg.vector_norm(weights[..., 1:], dim=-1)
         n_k = weights.shape[-1]
         if n_k <= WIDTH:
             without = weights.clone()
             without[..., 0] = 0
             return _Rows(weights, norm), _Rows(without, rest)
-        signs = self._signs(n_k, weights.device)[places]
-        signed = torch.nn.functional.pad(weights * signs, (0, -n_k % WIDTH))
-        whole = signed.unflatten(-1, (-1, WIDTH)).sum(-2)
-        without = whole.clone()
-        without[..., 0] -= signed[..., 0]
+        signed = torch.nn.functional.pad(
+            weights * self._signs(n_k, weights.device)[places], (0, -n_k % WIDTH)
+        )
+        first = signed[..., 0].clone()
+        signed[..., 0] = 0
+        without = signed.unflatten(-1, (-1, WIDTH)).sum(-2)
+        whole = without.clone()
+        whole[..., 0] += first
         return _Rows(whole, norm), _Rows(without, rest)
 
     def _signs(self, n_k: int, device: torch.device) -> Tensor:
