@@ -29,8 +29,9 @@ def text(tmp_path: Path) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
+def _offline_and_elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.chdir(tmp_path)
 
 
 def test_a_folder_and_a_text_give_an_atlas_and_a_report(
@@ -87,7 +88,7 @@ def test_without_arguments_the_embedded_model_is_measured(tmp_path: Path) -> Non
     assert done.returncode == 0, done.stderr
     assert "headwise-out/default/report.html" in done.stdout
     kinds = set(Atlas.load(tmp_path / "headwise-out" / "default").heads["kind"].tolist())
-    assert {"previous-token", "induction", "sink"} <= kinds
+    assert {"previous-token", "induction"} <= kinds
 
 
 def test_results_are_replaced_only_by_force(llama: Path, text: Path, tmp_path: Path) -> None:
@@ -121,8 +122,9 @@ def test_a_model_that_cannot_be_observed_is_named(
     text: Path, tmp_path: Path, capsys: Capture
 ) -> None:
     model = tiny.gptj(tmp_path / "gptj")
-    line = refusal(capsys, "see", model, "--text", text, "--tokens", "32", "--quiet")
-    assert "GPTJ" in line
+    for _ in range(2):  # the first time leaves nothing that is in the way of the second
+        line = refusal(capsys, "see", model, "--text", text, "--tokens", "32", "--quiet")
+        assert "GPTJ" in line
 
 
 def test_a_model_that_takes_no_text_is_named(text: Path, tmp_path: Path, capsys: Capture) -> None:

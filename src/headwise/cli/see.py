@@ -98,7 +98,7 @@ def check_output(out: Path, options: argparse.Namespace) -> "Atlas | None":
     """
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file; expected a folder")
-    unfinished = (out / PARTIAL).is_dir()
+    unfinished = finished_samples(out) > 0
     found = [name for name in (ATLAS, REPORT) if (out / name).exists()]
     if options.force or (options.resume and (unfinished or not found)):
         return None
@@ -175,6 +175,11 @@ def tell(atlas: "Atlas", out: Path) -> int:
     return 0
 
 
+def finished_samples(out: Path) -> int:
+    """How many samples an unfinished run has left to go on with."""
+    return len(list((out / PARTIAL).glob("*.safetensors")))
+
+
 def command(options: argparse.Namespace) -> str:
     """The command that measures this anew, quoted for a shell."""
     words = [word for word in options.argv if word not in _NOT_OF_THE_RUN]
@@ -183,7 +188,7 @@ def command(options: argparse.Namespace) -> str:
 
 def how_to_go_on(options: argparse.Namespace, out: Path) -> str:
     """What an interrupted run leaves, and the command that goes on with it."""
-    done = len(list((out / PARTIAL).glob("*.safetensors")))
+    done = finished_samples(out)
     if not done:
         return "interrupted before the first sample was finished; nothing was kept"
     return (
