@@ -34,7 +34,7 @@ def test_the_sentence_counts_what_the_table_holds() -> None:
 
 
 def test_the_sentence_says_only_what_was_measured() -> None:
-    assert sentences(heads(entropy=np.ones(2))) == ["2 heads in 1 layers."]
+    assert sentences(heads(entropy=np.ones(2))) == ["2 heads in 1 layer."]
     one = heads(sink_mass=np.array([0.6, 0.1]))
     assert sentences(one) == [
         "1 of 2 heads parks more than half of its attention on the first token."

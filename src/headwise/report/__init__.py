@@ -1,5 +1,5 @@
-"""One HTML page that shows an Atlas: offline, with no request to anywhere."""
+"""One HTML page that shows an Atlas, or what changed between two: offline, without requests."""
 
-from headwise.report.page import write
+from headwise.report.page import compare, write
 
-__all__ = ["write"]
+__all__ = ["compare", "write"]

@@ -7,15 +7,18 @@ import json
 import os
 import re
 import secrets
+from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from headwise import __version__
 from headwise.instruments.atlas import Atlas
+from headwise.instruments.compare import Comparison
+from headwise.report.changes import changes
 from headwise.report.payload import Detail, payload
 
-__all__ = ["LARGEST", "write"]
+__all__ = ["LARGEST", "compare", "write"]
 
 LARGEST = 5_000_000
 """Bytes that a page stays below, by leaving out detail (and saying so)."""
@@ -24,8 +27,8 @@ LARGEST = 5_000_000
 _STYLES = ("page.css", "figures.css", "card.css", "paper.css")
 _SCRIPTS = (
     "base.js", "colour.js", "scale.js", "state.js", "hint.js", "top.js", "legend.js", "thumbs.js",
-    "map.js", "tile.js", "card.js", "depth.js", "unused.js", "scatter.js", "alike.js", "table.js",
-    "source.js", "start.js",
+    "map.js", "tile.js", "card.js", "depth.js", "changes.js", "unused.js", "scatter.js",
+    "alike.js", "table.js", "source.js", "start.js",
 )  # fmt: skip
 
 # What is given up, one after the other, until a page is small enough.
@@ -54,8 +57,23 @@ def write(atlas: Atlas, path: str | os.PathLike[str], *, title: str | None = Non
     """
     if not len(atlas):
         raise ValueError("the atlas holds no heads: there is nothing to show")
+    return _written(path, lambda detail: payload(atlas, detail, title))
+
+
+def compare(
+    comparison: Comparison, path: str | os.PathLike[str], *, title: str | None = None
+) -> Path:
+    """Write what changed between two atlases as a page of the same make; return its path.
+
+    The numbers of the map, the table and the cards are differences, after minus before.
+    """
+    return _written(path, lambda detail: changes(comparison, detail, title))
+
+
+def _written(path: str | os.PathLike[str], content: Callable[[Detail], dict[str, Any]]) -> Path:
+    """The page with as much detail as fits."""
     for detail in _DETAIL:
-        page = _page(payload(atlas, detail, title))
+        page = _page(content(detail))
         if len(page) < LARGEST:
             break
     path = Path(path)
@@ -74,6 +92,7 @@ def _page(content: dict[str, Any]) -> bytes:
             "early": early,
             "version": html.escape(__version__),
             "title": html.escape(_printable(content["title"])),
+            "eyebrow": html.escape(content["eyebrow"]),
             "sentence": html.escape(_printable(" ".join(content["sentences"]))),
             "style": style,
             "script": script,

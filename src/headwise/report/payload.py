@@ -13,7 +13,7 @@ from headwise.report.naming import GROUPS, OTHER, group, label, rules
 from headwise.report.pieces import alike, neighbours, tiles
 from headwise.report.sentence import facts, sentences
 
-__all__ = ["Detail", "payload"]
+__all__ = ["Detail", "numbers", "payload"]
 
 _IDENTITY = ("layer", "head", "stack", "attention", "kind")
 
@@ -38,7 +38,11 @@ def payload(atlas: Atlas, detail: Detail, title: str | None = None) -> dict[str,
     similarities = alike(atlas, detail.pairs)
     return {
         "title": str(title or known.get("model") or "A model"),
+        "eyebrow": "What every attention head does",
         "sentences": sentences(atlas),
+        "notes": [],
+        "metric": "kind",
+        "changes": None,
         "facts": facts(atlas),
         "heads": _heads(atlas),
         "panels": _panels(atlas),
@@ -97,7 +101,7 @@ def _columns(atlas: Atlas, detail: Detail) -> list[dict[str, Any]]:
             continue
         entry = _column(name, column, values, detail.digits) | {"group": group(column)}
         if detail.spread and name in atlas.spread:
-            entry["spread"] = _numbers(atlas.spread[name], 3)
+            entry["spread"] = numbers(atlas.spread[name], 3)
         found.append(entry)
     order = [column for members in GROUPS.values() for column in members]
     groups = [*GROUPS, OTHER]
@@ -131,7 +135,7 @@ def _column(name: str, column: Column, values: np.ndarray, digits: int) -> dict[
         "label": label(name),
         "unit": column.unit,
         "description": column.description,
-        "values": _numbers(values, digits),
+        "values": numbers(values, digits),
     }
 
 
@@ -169,7 +173,8 @@ def _left_out(atlas: Atlas, detail: Detail, paired: tuple[str, ...]) -> list[str
     return words
 
 
-def _numbers(values: np.ndarray, digits: int) -> list[float | int | None]:
+def numbers(values: np.ndarray, digits: int) -> list[float | int | None]:
+    """Rounded to significant digits; None for NaN and infinity."""
     return [_number(value, digits) for value in values.astype(np.float64).tolist()]
 
 

@@ -82,7 +82,9 @@ def _sinks_and_kinds(atlas: Atlas) -> str:
         if doing:
             clauses.append(_listed(doing))
     if not clauses:
-        return f"{total} heads in {_layers(atlas)} layers."
+        layers = _layers(atlas)
+        heads = "1 head" if total == 1 else f"{total} heads"
+        return f"{heads} in {layers} {'layer' if layers == 1 else 'layers'}."
     sentence = "; ".join(clauses)
     return sentence[0].upper() + sentence[1:] + "."
 

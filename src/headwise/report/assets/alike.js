@@ -57,16 +57,24 @@ function drawAlike() {
           svg("rect", { x: i * 3, width: 3.3, height: 10, fill: css(rampColour(i / 29)) }))), "1")));
 }
 
+// One pixel a pair, four bytes at a time: a thousand heads are a million pairs.
 function matrixPicture(order) {
   const canvas = el("canvas", { width: COUNT, height: COUNT });
   const c2 = canvas.getContext("2d");
   const image = c2.createImageData(COUNT, COUNT);
-  const palette = Array.from({ length: 256 }, (_, i) => rampColour(i / 255));
+  const pixels = new Uint32Array(image.data.buffer);
+  const packed = (r, g, b, alpha) => ((alpha << 24) | (b << 16) | (g << 8) | r) >>> 0;
+  const palette = Uint32Array.from({ length: 256 }, (_, i) => packed(...rampColour(i / 255), 255));
+  const unknown = packed(128, 128, 128, 60);
+  const pairs = PAIRS.get(alikeView.of);
   for (let i = 0; i < COUNT; i += 1) {
-    for (let j = 0; j < COUNT; j += 1) {
-      const similarity = similarityOf(order[i], order[j], alikeView.of);
-      const rgb = similarity === null ? [128, 128, 128, 60] : [...palette[Math.round(similarity * 255)], 255];
-      image.data.set(rgb, 4 * (i * COUNT + j));
+    pixels[i * COUNT + i] = palette[255];
+    for (let j = 0; j < i; j += 1) {
+      const [low, high] = order[i] < order[j] ? [order[i], order[j]] : [order[j], order[i]];
+      const level = pairs[low * COUNT - (low * (low + 1)) / 2 + high - low - 1];
+      const colour = level === 65535 ? unknown : palette[Math.round((level / 65534) * 255)];
+      pixels[i * COUNT + j] = colour;
+      pixels[j * COUNT + i] = colour;
     }
   }
   c2.putImageData(image, 0, 0);

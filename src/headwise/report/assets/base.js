@@ -129,7 +129,7 @@ function plural(count, one, many = `${one}s`) {
 
 // Anything that is drawn to its width is drawn again when that changes.
 function drawnToWidth(node, draw) {
-  let last = 0;
+  let last = Math.floor(node.clientWidth); // what is drawn now fits this
   new ResizeObserver(() => {
     const width = Math.floor(node.clientWidth);
     if (width && Math.abs(width - last) > 1) {

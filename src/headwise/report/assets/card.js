@@ -100,7 +100,8 @@ function metricLine(column, row) {
   const shown = value === null ? el("span", { class: "value" }, el("small", {}, "not measured"))
     : el("span", { class: "value" }, number(value),
       el("small", {}, error ? plusMinus(error) : "",
-        unit ? ` ${unit}` : ""));
+        unit ? ` ${unit}` : "",
+        column.before ? `, ${number(column.before[row])} → ${number(column.after[row])}` : ""));
   return el("div", { class: "metric" }, el("dt", {}, name, shown), what,
     rank === null ? null : el("dd", { class: "place" }, crowd(column, value), el("span", {},
       allSame(column) ? "the same in all" : `${rank} of ${sortedValues(column).length}`)));

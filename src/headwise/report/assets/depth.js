@@ -24,8 +24,8 @@ function drawDepth() {
     svg("svg", { width: 26, height: 8, "aria-hidden": "true" },
       svg("path", { d: "M1 4H25", class: `mean s${i % 3}` })), panelText(panel))) : [];
   byId("depth").hidden = !charts.length;
-  fill(about, layers.length ? "Numbers of the layers first; then numbers of the heads: " : "",
-    "the line is the mean of a layer's heads, dots are single heads, the band their range. ",
+  fill(about, layers.length ? "Numbers of the layers first, then of the heads. " : "",
+    "For heads, the line is the mean of a layer's heads, dots are single heads, the band their range. ",
     several ? el("span", {}, names) : null);
   const more = byId("depth-more");
   more.hidden = MEASURED.length <= first.length || first.length < 3;

@@ -91,13 +91,15 @@ function panelFigure(panel, index, wide) {
   return { node, wide: width };
 }
 
-// Cells as large as fit; depth runs left to right wherever a cell then keeps 20 pixels.
+// Cells as large as fit. Depth runs from left to right, unless that makes cells too small or a
+// tall strip of a few layers with many heads.
 function layout(layers, heads, wide) {
   const room = wide - 46;
   const few = layers * heads <= 160;
   const square = state.metric === "tile"; // a map is as high as it is wide
   const fit = (n) => Math.floor(room / n);
-  const across = fit(layers) >= 20 || fit(layers) >= fit(heads);
+  const strip = heads > 2 * layers && fit(heads) >= 20;
+  const across = !strip && (fit(layers) >= 20 || fit(layers) >= fit(heads));
   const n = across ? layers : heads;
   const lines = across ? heads : layers;
   const cellWide = Math.max(15, Math.min(fit(n), few && lines <= 16 ? (square ? (lines > 6 ? 72 : 92) : 76) : 44));

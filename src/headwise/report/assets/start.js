@@ -17,13 +17,17 @@ Object.assign(state, readAddress());
 const parts = {
   top: part("top", drawTop), kinds: part("map", drawKinds), controls: part("map", drawMapControls),
   map: part("map", drawMap), legend: part("map", drawLegend), card: part("card", drawCard),
-  depth: part("depth", drawDepth), unused: part("unused", drawUnused),
+  depth: part("depth", drawDepth), changes: part("changes", drawChanges), unused: part("unused", drawUnused),
   scatter: part("relations", drawScatter), alike: part("relations", drawAlike),
   table: part("table", drawTable), rows: part("table", drawRows), source: part("source", drawSource),
 };
-for (const name of ["top", "kinds", "controls", "map", "legend", "depth", "unused", "scatter", "alike",
-  "table", "source", "card"]) parts[name]();
+// the card first: it takes room from everything else
+for (const name of ["top", "card", "kinds", "controls", "map", "legend", "depth", "changes", "unused",
+  "scatter", "alike", "table", "source"]) parts[name]();
 
+for (const link of document.querySelectorAll(".bar nav a")) {
+  link.hidden = byId(link.getAttribute("href").slice(1)).hidden;
+}
 watch(["metric", "order", "scale", "painted"], () => { parts.map(); parts.legend(); });
 watch(["painted"], () => { parts.alike(); if (cardTile) cardTile.paint(); });
 watch(["kinds"], () => { showFilter(); markPoints(); });

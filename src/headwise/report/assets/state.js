@@ -1,6 +1,6 @@
 // What the reader chose. It stands in the address after "#", so that a view can be linked.
 const DEFAULTS = {
-  head: null, metric: "kind", order: "index", scale: "auto", kinds: null, theme: "auto",
+  head: null, metric: ATLAS.metric, order: "index", scale: "auto", kinds: null, theme: "auto",
   x: null, y: null, sort: null,
 };
 const state = { ...DEFAULTS };
@@ -69,6 +69,9 @@ function readAddress() {
     else if (key === "scale" && ["linear", "log", "rank"].includes(text)) read.scale = text;
     else if (key === "theme" && ["light", "dark"].includes(text)) read.theme = text;
     else if (key === "sort" && /^-?\w+$/.test(text)) read.sort = text;
+  }
+  if (read.metric !== "kind" && read.metric !== "tile" && !MEASURED.includes(columnNamed(read.metric))) {
+    read.metric = "kind";
   }
   if (read.metric === "kind" && !HEADS.kind && MEASURED.length) read.metric = MEASURED[0].name;
   return read;

@@ -135,7 +135,7 @@ function paintTile(canvas, piece, at) {
     c2.font = `${Math.min(11, Math.max(8.5, size * 0.9))}px system-ui, sans-serif`;
     const draw = (token, strong) => {
       c2.fillStyle = style.getPropertyValue(strong ? "--ink" : "--muted");
-      c2.fillText(visible(token, 11).trim(), 0, 0);
+      c2.fillText(visible(token.replace(/^ +| +$/g, "") || token, 9), 0, 0);
     };
     c2.textBaseline = "middle";
     for (let r = 0; r < rows; r += 1) {

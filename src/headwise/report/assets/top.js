@@ -3,6 +3,8 @@ function drawTop() {
   fill(byId("facts"), ATLAS.facts.map(([what, value]) =>
     el("div", {}, el("dt", {}, what), el("dd", {}, value))));
 
+  fill(byId("notes"), ATLAS.notes.map((note) => el("p", { class: "note" }, note)));
+
   const button = byId("theme");
   const system = matchMedia("(prefers-color-scheme: dark)");
   const apply = () => {

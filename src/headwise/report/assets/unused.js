@@ -50,7 +50,8 @@ const sinksKnown = () => ROWS.some((row) => sinkOf(row) !== null);
 const likenessKnown = () => PAIRS.size > 0 || ATLAS.neighbours.some((list) => list.length);
 
 function drawUnused() {
-  byId("unused").hidden = !sinksKnown() && !likenessKnown();
+  byId("unused").hidden = Boolean(ATLAS.changes) || (!sinksKnown() && !likenessKnown());
+  if (byId("unused").hidden) return;
   drawDormant();
   drawRedundant();
 }
@@ -126,7 +127,7 @@ function shortTable(titles, rows, first = 8) {
   } }, `Show all ${rows.length}`) : null;
   return el("div", {}, el("div", { class: "scroll" }, el("table", {},
     el("thead", {}, el("tr", {}, titles.map((title) =>
-      el("th", { scope: "col", class: ["head", "like", "kind"].includes(title) ? null : "n" }, title)))), body)), more);
+      el("th", { scope: "col", class: /^(head|like|kind|number)/.test(title) ? null : "n" }, title)))), body)), more);
 }
 
 // [(layer, head), ...] for code; one list for each stack and attention, where there are several.
@@ -134,12 +135,10 @@ function copyable(rows, what) {
   if (!rows.length) return null;
   const ordered = [...rows].sort((a, b) => a - b);
   const pairs = (list) => `[${list.map((row) => `(${HEADS.layer[row]}, ${HEADS.head[row]})`).join(", ")}]`;
-  const text = manyPanels
-    ? `{${ATLAS.panels.map((panel, i) => [panel, ordered.filter((row) => HEADS.panel[row] === i)])
-      .filter(([, list]) => list.length)
-      .map(([panel, list]) => `"${panel.stack || panel.attention}", "${panel.attention}": ${pairs(list)}`
-        .replace(/^("[^"]*"), ("[^"]*"):/, "($1, $2):")).join(",\n ")}}`
-    : pairs(ordered);
+  const named = (panel) => `(${JSON.stringify(panel.stack)}, ${JSON.stringify(panel.attention)})`;
+  const lists = ATLAS.panels.map((panel, i) => [panel, ordered.filter((row) => HEADS.panel[row] === i)])
+    .filter(([, list]) => list.length).map(([panel, list]) => `${named(panel)}: ${pairs(list)}`);
+  const text = manyPanels ? `{${lists.join(",\n ")}}` : pairs(ordered);
   return copyBlock(text, manyPanels ? "(stack, attention): [(layer, head), ...]" : "[(layer, head), ...]", what);
 }
 
