@@ -229,6 +229,12 @@ def test_an_interrupted_run_goes_on_where_it_was(tmp_path: Path) -> None:
     equal(Atlas.load(tmp_path), whole)
 
 
+def test_a_run_that_finished_nothing_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(StopError):
+        see(tiny.llama(), tiny.ids(60), out=tmp_path / "out", progress=stop_after(0))
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_damaged_sample_is_measured_again(tmp_path: Path) -> None:
     model, rows = tiny.llama(), tiny.ids(60, batch=3)
     with pytest.raises(StopError):

@@ -51,3 +51,5 @@ def test_the_liveliest_run_holds_the_repetition() -> None:
     assert liveliest(quiet, 20) == 0
     assert liveliest([1, 2], 20) == 0
     assert liveliest([9] * 50 + lively, 15) > 30  # one token over and over is no repetition
+    marks = [token <= 5 for token in ids]
+    assert liveliest(ids, 20, marks) == 0  # nor are delimiters

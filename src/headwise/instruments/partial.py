@@ -50,19 +50,15 @@ class Partial:
         self, out: str | os.PathLike[str] | None, identity: dict[str, Any], resume: bool
     ) -> None:
         self.folder = None if out is None else Path(out) / FOLDER
-        said = json.dumps(identity, sort_keys=True)
+        self._said = said = json.dumps(identity, sort_keys=True)
         self._run = hashlib.sha256(said.encode()).hexdigest()
         if self.folder is None:
             return
         note = self.folder / _RUN
         if resume and note.is_file():
             _check(self.folder, json.loads(note.read_text(encoding="utf-8")), json.loads(said))
-        elif self.folder.exists():
+        else:
             self.remove()
-        self.folder.mkdir(parents=True, exist_ok=True)
-        temporary = note.with_suffix(f".{os.getpid()}.part")
-        temporary.write_text(said, encoding="utf-8")
-        os.replace(temporary, note)
 
     def _path(self, stimulus: str, digest: str) -> Path:
         assert self.folder is not None
@@ -84,9 +80,16 @@ class Partial:
         return Result(found["heads"], found["layers"], found["pairs"], found["tiles"], seconds)
 
     def save(self, stimulus: str, digest: str, result: Result) -> None:
-        """Keep a finished sample."""
+        """Keep a finished sample. The folder is made for the first one: a run that finished
+        nothing leaves nothing."""
         if self.folder is None:
             return
+        note = self.folder / _RUN
+        if not note.is_file():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            temporary = note.with_suffix(f".{os.getpid()}.part")
+            temporary.write_text(self._said, encoding="utf-8")
+            os.replace(temporary, note)
         content: dict[str, Any] = {
             "heads": result.heads,
             "layers": result.layers,

@@ -1,5 +1,6 @@
 """Small dense pieces of real maps with their tokens, to be looked at."""
 
+from collections import Counter
 from itertools import pairwise
 from typing import Any
 
@@ -19,8 +20,8 @@ SIZE = 32
 
 
 class Tiles(Instrument):
-    """Weights among the first token and the 31 tokens with the most repetitions among them, on
-    the first input, the same for all heads: so that a sink and an induction both show.
+    """Weights among the first token and the run of 31 tokens in which most pairs of words come
+    again, on the first input, the same for all heads: so that a sink and an induction both show.
 
     A piece has "head" (row of the table), "start" (position of the second token), "positions"
     and "tokens" of the queries, "keys" (tokens of the keys) where these are another sequence, and
@@ -75,17 +76,17 @@ class Tiles(Instrument):
         return Findings(tiles=tiles)
 
 
-def liveliest(ids: list[int], size: int) -> int:
-    """Where the run of `size` tokens begins that holds the most second occurrences of a token
-    whose next token was there before too; the first such run. 0 for a short input."""
+def liveliest(ids: list[int], size: int, marks: list[bool] | None = None) -> int:
+    """Where the run of `size` tokens begins in which most pairs of neighbouring tokens come
+    again, each pair counted once, those with a delimiter (`marks`) not at all; the first such
+    run. 0 for a short input."""
     best, found = 0, -1
-    for start in range(0, max(1, len(ids) - size + 1), max(1, size // 4)):
-        seen: set[tuple[int, int]] = set()
-        score = 0
-        run = ids[start : start + size]
-        for pair in pairwise(run):
-            score += pair in seen and pair[0] != pair[1]
-            seen.add(pair)
+    step = max(1, size // 4)
+    for start in range(0, max(1, len(ids) - size + 1), step):
+        run = list(pairwise(range(start, min(start + size, len(ids)))))
+        pairs = [(ids[a], ids[b]) for a, b in run if marks is None or not (marks[a] or marks[b])]
+        often = Counter(pair for pair in pairs if pair[0] != pair[1])
+        score = sum(count > 1 for count in often.values())
         if score > found:
             best, found = start, score
     return best
@@ -101,7 +102,11 @@ def _places(batch: Batch, stack: str, n: int, real: Tensor | None) -> list[int]:
     ids = batch.ids.get(stack)
     start = low + 1
     if ids is not None and ids.shape[1] == n and high - low > SIZE:
-        start += liveliest(ids[0, low + 1 : min(high, low + 4096)].tolist(), count)
+        looked = slice(low + 1, min(high, low + 4096))
+        marks = batch.delimiters.get(stack)
+        start += liveliest(
+            ids[0, looked].tolist(), count, None if marks is None else marks[0, looked].tolist()
+        )
     return [low, *range(start, start + count)]
 
 
