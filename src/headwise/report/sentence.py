@@ -69,13 +69,13 @@ def _sinks_and_kinds(atlas: Atlas) -> str:
         parked = int((values > 0.5).sum())
         verb = "parks" if parked == 1 else "park"
         its = "its" if parked == 1 else "their"
-        of = f"{parked if parked else 'none'} of {measured} heads"
+        of = f"{f'{parked:,}' if parked else 'none'} of {measured:,} heads"
         if measured:
             clauses.append(f"{of} {verb} more than half of {its} attention on the first token")
     if "kind" in atlas.heads:
         counts = Counter(atlas.heads["kind"].tolist())
         doing = [
-            f"{counts[kind]} {one if counts[kind] == 1 else many}"
+            f"{counts[kind]:,} {one if counts[kind] == 1 else many}"
             for kind, (one, many) in DOING.items()
             if counts[kind]
         ]
@@ -83,7 +83,7 @@ def _sinks_and_kinds(atlas: Atlas) -> str:
             clauses.append(_listed(doing))
     if not clauses:
         layers = _layers(atlas)
-        heads = "1 head" if total == 1 else f"{total} heads"
+        heads = "1 head" if total == 1 else f"{total:,} heads"
         return f"{heads} in {layers} {'layer' if layers == 1 else 'layers'}."
     sentence = "; ".join(clauses)
     return sentence[0].upper() + sentence[1:] + "."

@@ -82,7 +82,9 @@ function tileFigure(tile) {
     const last = piece.causal ? row : piece.keys.length - 1;
     point(row, Math.min(Math.max((at.key === null ? at.row : at.key) + way[1], 0), last));
   });
-  fill(words, spans.flatMap((span, c) => (c === 1 && piece.keyGap ? [" … ", span] : [span])));
+  // tokens that bring no spaces of their own (ids, word pieces) are set apart
+  const glue = piece.keys.some((token) => /^[\s\u0120\u2581]/.test(token)) ? null : " ";
+  fill(words, spans.flatMap((span, c) => [c === 1 && piece.keyGap ? " … " : c ? glue : null, span]));
   paintWords();
   tellPair(line, piece, at);
   const figure = el("div", {}, canvas, line, words);
