@@ -49,24 +49,23 @@ class Similarity(Instrument):
 
     def read(self, reading: Reading) -> Numbers:
         s = reading.map.scores
-        samples = [self._sampled(reading, b) for b in range(s.batch)]
-        wanted = torch.cat(samples).unique()
         step = max(1, _AT_ONCE // max(1, s.batch * s.heads * s.n_k))
-        kept: list[list[tuple[_Rows, _Rows]]] = [[] for _ in samples]
-        for part in wanted.split(step):
-            rows = reading.map.rows(part)
-            for b, sample in enumerate(samples):
-                mine = torch.isin(part, sample)
-                if not bool(mine.any()):
-                    continue
-                weights = rows[b] if bool(mine.all()) else rows[b][:, mine]
-                if reading.keys is not None:
-                    weights = weights[..., reading.keys[b]]
-                places = torch.searchsorted(sample, part[mine])
-                kept[b].append(self._fold(weights, places))
-        for b, parts in enumerate(kept):
-            whole, rest = (_join(list(rows)) for rows in zip(*parts, strict=True))
-            self._kept[b][reading.attention] = whole, rest
+        samples = list(range(s.batch))
+        # without padding the sampled rows are the same in all samples
+        groups = [samples] if reading.rows is None else [[b] for b in samples]
+        for group in groups:
+            rows = self._sampled(reading, group[0])
+            kept: list[list[tuple[_Rows, _Rows]]] = [[] for _ in group]
+            for part in torch.arange(len(rows), device=s.device).split(step):
+                dense = reading.map.rows(rows[part])
+                for parts, b in zip(kept, group, strict=True):
+                    weights = dense[b]
+                    if reading.keys is not None:
+                        weights = weights[..., reading.keys[b]]
+                    parts.append(self._fold(weights, part))
+            for parts, b in zip(kept, group, strict=True):
+                whole, rest = (_join(list(folded)) for folded in zip(*parts, strict=True))
+                self._kept[b][reading.attention] = whole, rest
         return {}
 
     def finish(self) -> Findings:
