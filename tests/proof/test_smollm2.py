@@ -9,11 +9,13 @@ tokens and behind another first token too.
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from headwise.instruments import Atlas, see
 from headwise.models import AttentionReading, observe, view
 from tests.proof.eager import CLOSE, differences
 
@@ -45,10 +47,19 @@ def model(weights):
 
 
 @pytest.fixture(scope="module")
-def ids(weights, assets) -> torch.Tensor:
-    """The first 512 tokens of WikiText-2's test part `(1, 512)`."""
-    tokenizer = AutoTokenizer.from_pretrained(weights.parent, gguf_file=weights.name)
-    text = (assets / "text" / "wikitext2_test.txt").read_text()[:6_000]
+def tokenizer(weights):
+    return AutoTokenizer.from_pretrained(weights.parent, gguf_file=weights.name)
+
+
+@pytest.fixture(scope="module")
+def text(assets) -> str:
+    """The beginning of WikiText-2's test part."""
+    return (assets / "text" / "wikitext2_test.txt").read_text()[:6_000]
+
+
+@pytest.fixture(scope="module")
+def ids(tokenizer, text) -> torch.Tensor:
+    """Its first 512 tokens `(1, 512)`."""
     return tokenizer(text, return_tensors="pt").input_ids[:, :512]
 
 
@@ -133,3 +144,44 @@ def test_many_heads_of_its_second_half_rest_on_the_first_token(scores):
     assert first[18, 8] > 0.75
     assert (first > 0.5).float().mean() > 0.2
     assert first[:2].max() < 0.3, first[:2]
+
+
+@pytest.fixture(scope="module")
+def atlas(model, tokenizer, text) -> Atlas:
+    return see(model, text, tokenizer=tokenizer, tokens=512)
+
+
+def of_kind(atlas: Atlas, kind: str) -> set[int]:
+    return set((atlas.heads["kind"] == kind).nonzero()[0].tolist())
+
+
+def test_kinds_of_its_heads(atlas):
+    assert {at(18, 6), at(17, 3), at(17, 4)} <= of_kind(atlas, "induction")
+    assert {at(16, 0), at(11, 1), at(19, 3), at(2, 1)} <= of_kind(atlas, "previous-token")
+    assert {at(14, 3), at(8, 0)} <= of_kind(atlas, "duplicate")
+    assert len(of_kind(atlas, "sink")) >= 30
+    assert len(of_kind(atlas, "induction")) < 20
+
+
+def test_induction_heads_are_what_finds_the_needle(atlas):
+    """Few heads retrieve (arXiv 2404.15574: below 5 %), and induction heads are among them."""
+    retrieval = atlas.heads["retrieval_score"]
+    best = retrieval.argsort()[::-1]
+    assert retrieval[at(18, 6)] > 0.5
+    assert set(best[:3].tolist()) <= of_kind(atlas, "induction")
+    assert (retrieval > 0.1).mean() < 0.15
+    assert (retrieval < 0.02).mean() > 0.6
+
+
+def test_sinks_begin_where_one_number_of_the_residual_grows_huge(atlas):
+    """Massive activations (arXiv 2402.17762): written by layer 11, taken back by the last two;
+    the layers after 11 rest on the first token, whose values are small."""
+    peak = atlas.layers["residual_peak"]
+    assert peak[11:28].min() > 10_000
+    assert peak[:11].max() < 2_000
+    sink = atlas.heads["sink_mass"].reshape(30, HEADS).mean(1)
+    assert sink[12:].min() > 0.2
+    assert sink[:12].max() < 0.2
+    resting = atlas.heads["found_sink_mass"] > 0.3
+    assert resting.sum() > 80
+    assert np.median(atlas.heads["value_drain"][resting]) < 0.3

@@ -11,7 +11,7 @@ from transformers import LlamaForCausalLM
 
 from headwise.models import AttentionReading, observe, view
 from tests.proof.eager import CLOSE, ROW_STATISTICS, differences
-from tests.proof.weights import loader
+from tests.proof.weights import stories
 
 BEGIN = 1
 
@@ -23,42 +23,37 @@ def model(assets):
 
 
 @pytest.fixture(scope="module")
-def stories(assets) -> list[torch.Tensor]:
-    """Five stories as token ids `(1, n)`, 222 to 456 tokens."""
-    folder = assets / "stories260K"
-    tokenizer = loader(folder / "llama2c.py").Tok(folder / "tok512.bin", 512)
-    text = (assets / "text" / "tinystories_sample.txt").read_text()
-    parts = [part.strip() for part in text.split("<|endoftext|>") if part.strip()]
-    return [torch.tensor([tokenizer.enc(part)]) for part in parts]
+def texts(assets) -> list[torch.Tensor]:
+    return stories(assets)
 
 
-def nats_per_token(model, stories) -> float:
+def nats_per_token(model, texts) -> float:
     losses = [
-        F.cross_entropy(model(ids).logits[0, :-1], ids[0, 1:], reduction="none") for ids in stories
+        F.cross_entropy(model(ids).logits[0, :-1], ids[0, 1:], reduction="none") for ids in texts
     ]
     return torch.cat(losses).mean().item()
 
 
 @torch.no_grad()
-def test_it_loses_as_many_nats_observed_as_unobserved(model, stories):
-    before = nats_per_token(model, stories)
+def test_it_loses_as_many_nats_observed_as_unobserved(model, texts):
+    before = nats_per_token(model, texts)
     seen = []
     with observe(view(model), read=lambda r: seen.append(r.attention.layer)):
-        during = nats_per_token(model, stories)
+        during = nats_per_token(model, texts)
     assert before == pytest.approx(1.2664, abs=2e-4)  # what is known of these weights
     assert during == pytest.approx(before, abs=2e-5)
-    assert seen == [0, 1, 2, 3, 4] * len(stories)
-    assert nats_per_token(model, stories) == before
+    assert seen == [0, 1, 2, 3, 4] * len(texts)
+    assert nats_per_token(model, texts) == before
 
 
-def test_every_statistic_agrees_with_the_eager_matrices(model, stories):
-    found = differences(model, {"input_ids": stories[3]})
+def test_every_statistic_agrees_with_the_eager_matrices(model, texts):
+    found = differences(model, {"input_ids": texts[3]})
     assert max(found.values()) < CLOSE, found
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_every_statistic_agrees_in_a_padded_batch(model, stories, side):
-    a, b = stories[2], stories[0][:, :151]
+def test_every_statistic_agrees_in_a_padded_batch(model, texts, side):
+    a, b = texts[2], texts[0][:, :151]
     n = a.shape[1]
     padding = (n - b.shape[1], 0) if side == "left" else (0, n - b.shape[1])
     mask = F.pad(torch.ones_like(b), padding)
@@ -72,8 +67,8 @@ def test_every_statistic_agrees_in_a_padded_batch(model, stories, side):
     assert max(found.values()) < CLOSE, found
 
 
-def test_the_comparison_fails_for_the_wrong_heads(model, stories):
-    found = differences(model, {"input_ids": stories[3]}, shift=1)
+def test_the_comparison_fails_for_the_wrong_heads(model, texts):
+    found = differences(model, {"input_ids": texts[3]}, shift=1)
     for name in ROW_STATISTICS:
         assert found[name] > 0.05, f"{name} does not tell one head from the next"
 
@@ -99,8 +94,8 @@ def by_offset(model, ids: torch.Tensor, offset: int, rows: slice) -> torch.Tenso
     return torch.stack(scores)
 
 
-def test_heads_3_of_layer_1_and_6_of_layer_3_look_at_the_previous_token(model, stories):
-    text = by_offset(model, stories[3], 1, slice(1, None))
+def test_heads_3_of_layer_1_and_6_of_layer_3_look_at_the_previous_token(model, texts):
+    text = by_offset(model, texts[3], 1, slice(1, None))
     random = by_offset(model, random_repeats(), 1, slice(61, None))
     assert text.flatten().topk(2).indices.sort().values.tolist() == [1 * 8 + 3, 3 * 8 + 6]
     assert (text.flatten().topk(2).values > 0.55).all()
@@ -117,8 +112,8 @@ def test_it_has_no_induction_head(model):
 
 
 @torch.no_grad()
-def test_it_has_no_sink(model, stories):
+def test_it_has_no_sink(model, texts):
     first = []
     with observe(view(model), read=lambda r: first.append(r.map.received()[0, :, 0] / 424)):
-        model(stories[3][:, :424])
+        model(texts[3][:, :424])
     assert torch.stack(first).max() < 0.1
