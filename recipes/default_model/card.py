@@ -43,14 +43,17 @@ quality beyond is not promised.
 
 ## Data
 
-Sources and documentation topics of the standard library of $python, as installed, without
-$excluded and without files made for one machine: $train_documents documents, $train_bytes bytes,
-$train_tokens tokens for training, and $held_out_documents documents, $held_out_bytes bytes,
-$held_out_tokens tokens held out. Held out is one document in $one_in, by the SHA-256 of its name;
-neither the tokenizer nor the model has seen them. The listing of all documents (name, bytes,
-SHA-256 of each) has the SHA-256
+Sources and documentation topics of the standard library of $python, as installed.
 
-    $listing_sha256
+| side | documents | bytes | tokens |
+| --- | --- | --- | --- |
+| training | $train_documents | $train_bytes | $train_tokens |
+| held out | $held_out_documents | $held_out_bytes | $held_out_tokens |
+
+Held out is one document in $one_in, by the SHA-256 of its name; neither the tokenizer nor the model
+has seen them. Left out of both are files made for one machine and the folders $excluded.
+The listing of all documents (name, bytes, SHA-256 of each) has the SHA-256
+`$listing_sha256`.
 
 Not all of the training is text: one row in $repeated_one_in holds random tokens instead, of which a
 span of varying length is repeated from a varying offset on. Half of these rows draw uniformly from
@@ -86,7 +89,7 @@ By `recipes/default_model/evaluate.py`, on the shipped weights. Losses are in na
 
 | on 64 random tokens, written twice | loss |
 | --- | --- |
-| first copy (log of the vocabulary would be $uniform) | $first_copy_loss |
+| first copy (a model of text expects text; a uniform guess costs $uniform) | $first_copy_loss |
 | second copy | $second_copy_loss |
 
 Scores are mean attention weights. Induction: on the random tokens above, from each token of the
