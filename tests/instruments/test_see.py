@@ -195,6 +195,15 @@ def test_learned_sinks_are_seen() -> None:
     assert (atlas.heads["learned_sink_mass"] > 0).all()
 
 
+def test_bfloat16_loses_no_more_than_its_rounding() -> None:
+    model = tiny.llama().to(torch.bfloat16)
+    half = see(model, tiny.ids(120), FROM_TEXT)
+    whole = see(model.float(), tiny.ids(120), FROM_TEXT)
+    for column in ("entropy", "sink_mass", "local_8", "residual_share", "same_token"):
+        assert np.allclose(half.heads[column], whole.heads[column], rtol=0.05, atol=0.01), column
+    assert half.provenance["dtype"] == "bfloat16"
+
+
 # -- on disk -------------------------------------------------------------------------------------
 
 

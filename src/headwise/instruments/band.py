@@ -23,7 +23,7 @@ WITHIN = 64
 """Offsets kept as their sum: |i - j| < WITHIN."""
 
 _ROWS = 64  # queries of a block
-_AT_ONCE = 2**20  # products that are held at a time
+_AT_ONCE = {"cpu": 2**20, "cuda": 2**25}  # products that are held at a time
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,8 @@ def band(of: AttentionMap, ahead: bool) -> Band:
     offsets = torch.zeros((*size, 2 * NEAR - 1 if ahead else NEAR), device=s.device)
     within = torch.zeros(size, device=s.device)
     wide = 2 * WITHIN - 1 if ahead else WITHIN
-    rows = max(1, _AT_ONCE // (s.heads * _ROWS * (_ROWS + wide))) * _ROWS
+    held = _AT_ONCE.get(s.device.type, 2**25)
+    rows = max(1, held // (s.heads * _ROWS * (_ROWS + wide))) * _ROWS
     near = slice(WITHIN - NEAR, WITHIN - NEAR + offsets.shape[-1])
     for b in range(s.batch):
         for low in range(0, s.n_q, rows):

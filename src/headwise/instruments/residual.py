@@ -50,7 +50,7 @@ class Residual(Instrument):
         }
         if before.shape == after.shape:
             parts = zip(before.split(_TOKENS, 1), after.split(_TOKENS, 1), strict=True)
-            update = torch.cat([_norm(b - a) for a, b in parts], -1)
+            update = torch.cat([_norm(b.float() - a.float()) for a, b in parts], -1)
             numbers["update_share"] = mean(update / _norm(before).clamp_min(1e-30))
         if layer.attention_out is not None and layer.mlp_out is not None:
             attention, mlp = _norm(layer.attention_out), _norm(layer.mlp_out)

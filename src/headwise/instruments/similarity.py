@@ -25,7 +25,7 @@ ROWS = 32
 WIDTH = 512
 """Buckets of a folded row."""
 
-_AT_ONCE = 2**21  # numbers of dense rows that are held at a time
+_AT_ONCE = {"cpu": 2**21, "cuda": 2**25}  # numbers of dense rows that are held at a time
 _NEGLIGIBLE = 1e-6  # norm of a row's rest below which it has no direction
 
 
@@ -49,7 +49,8 @@ class Similarity(Instrument):
 
     def read(self, reading: Reading) -> Numbers:
         s = reading.map.scores
-        step = max(1, _AT_ONCE // max(1, s.batch * s.heads * s.n_k))
+        held = _AT_ONCE.get(s.device.type, 2**25)
+        step = max(1, held // max(1, s.batch * s.heads * s.n_k))
         samples = list(range(s.batch))
         # without padding the sampled rows are the same in all samples
         groups = [samples] if reading.rows is None else [[b] for b in samples]
