@@ -101,9 +101,9 @@ def compare(options: argparse.Namespace) -> int:
     else:
         print(comparison.text(options.rows))
     if options.html is not None:
-        from headwise.cli.comparison_page import write_page
+        from headwise.report import compare as write_page
 
-        written = write_page(comparison, options.html.expanduser(), options.rows)
+        written = write_page(comparison, options.html.expanduser())
         print(written, file=sys.stderr if options.json else sys.stdout)
     return 0
 
