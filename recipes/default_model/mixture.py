@@ -3,7 +3,8 @@
 Induction heads form in any language model that is trained for long enough. On a few million tokens
 they form if copying is drilled, and when that is done matters: text teaches some head to look one
 token back, on which induction builds, and after that a hundred short steps of nothing but repeated
-spans are enough. The same drill in front of the text had not worked after four hundred.
+spans are enough. A drill in front of the text (at 0.6 of the learning rate) had still not worked
+after four hundred.
 
 Every row begins with the begin token, which is where attention that has nothing to do can rest.
 A batch is a function of (seed, step) alone: a killed run resumes on the same rows.
