@@ -39,7 +39,7 @@ smollm2: $(VENV)/.ready-gguf
 	@$(BIN)/python recipes/smollm2.py --out models/smollm2-135m
 
 bench: $(VENV)/.ready-run
-	$(BIN)/python bench/see.py $(BENCH_ARGS)
+	$(BIN)/python -m bench.see $(BENCH_ARGS)
 
 lint: $(VENV)/.ready-test
 	$(BIN)/ruff check .

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -54,8 +55,22 @@ def spread(times: Sequence[float]) -> str:
     return f"{50 * (max(times) - min(times)) / median(times):.0f} %"
 
 
+def forget_peak() -> bool:
+    """Let the peak start anew from what is held now; False where the system cannot."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
 def peak_bytes() -> int:
-    """Largest resident memory that this process has had, in bytes."""
+    """Largest resident memory that this process has had (since `forget_peak`), in bytes."""
+    try:
+        status = Path("/proc/self/status").read_text()
+        return 1024 * int(status.split("VmHWM:")[1].split()[0])
+    except (OSError, IndexError):
+        pass
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if platform.system() == "Darwin" else peak * 1024
 

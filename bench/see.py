@@ -161,6 +161,7 @@ def measure_memory(args: argparse.Namespace) -> None:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
     else:
+        measure.forget_peak()
         before = measure.peak_bytes()
     work_of(args.memory_of, model, ids)()
     cuda = args.device == "cuda"

@@ -177,7 +177,7 @@ def test_images_have_no_tokens() -> None:
     for column in ("same_token", "induction_score", "retrieval_score", "delimiter_mass"):
         assert np.isnan(atlas.heads[column]).all()
     assert atlas.heads["local_8"].max() < 1
-    equal(atlas, see(model, {"pixel_values": images}))
+    equal(atlas, see(model, {"pixel_values": images}, batch_size=2))
     equal(see(model, images[0]), see(model, images[:1]))
     raw = np.zeros((32, 32, 3), dtype=np.uint8)
     with pytest.raises(ValueError, match="processor="):

@@ -12,7 +12,7 @@ from torch import Tensor
 from headwise.maps import AttentionMap
 from headwise.maps.gather import pair_logits
 from headwise.maps.scores import Scores
-from headwise.maps.summary import LOG2_E
+from headwise.maps.tiles import LOG2_E
 
 __all__ = ["NEAR", "WITHIN", "Band", "band"]
 

@@ -15,7 +15,7 @@ class Matching(Instrument):
     A query is no other place of its own token, and attending to oneself is no induction: these
     keys are left out. Models that look ahead are also credited with later places, yet not with
     the next token, which always follows the query's own. In cross-attention nothing is left out.
-    Delimiters need a tokenizer.
+    Delimiters need a tokenizer; the first token, which `sink_mass` counts, is none of them.
     """
 
     name = "matching"
@@ -27,6 +27,9 @@ class Matching(Instrument):
             keys = reading.delimiters
             if reading.keys is not None:
                 keys = keys & reading.keys
+            # the first token is often one of them; what rests on it is the sink's, not theirs
+            first = reading.first_key[:, None].to(keys.device)
+            keys = keys.scatter(1, first, torch.zeros_like(first, dtype=torch.bool))
             numbers["delimiter_mass"] = reading.mass_on(keys)
         query, key = reading.query_ids, reading.key_ids
         if query is None or key is None:

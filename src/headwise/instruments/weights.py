@@ -234,9 +234,21 @@ def _module_behind(layer: LayerView | None, attention: AttentionView) -> nn.Modu
 def _sign_of_eigenvalues(matrices: Tensor) -> Tensor:
     """sum(lambda) / sum(|lambda|) of (heads, d, d), which is real: 1 if all are positive."""
     matrices = matrices.cpu()
-    sizes = torch.linalg.eigvals(matrices).abs().sum(-1)
+    try:
+        sizes = torch.linalg.eigvals(matrices).abs().sum(-1)
+    except RuntimeError:  # LinAlgError is one: one without an answer takes all down
+        sizes = torch.stack([_size_of_eigenvalues(matrix) for matrix in matrices])
     total = matrices.diagonal(dim1=-2, dim2=-1).sum(-1)
-    return torch.where(sizes > 0, total / sizes, torch.nan)
+    return torch.where(sizes > 0, total / sizes, torch.nan)  # NaN > 0 is False
+
+
+def _size_of_eigenvalues(matrix: Tensor) -> Tensor:
+    """sum(|lambda|) of (d, d); NaN where the iteration does not end, as it may on what rounding
+    leaves of a product that is zero: its eigenvalues would mean nothing."""
+    try:
+        return torch.linalg.eigvals(matrix).abs().sum()
+    except RuntimeError:
+        return matrix.new_full((), torch.nan)
 
 
 def _product_norm(output: Tensor, value: Tensor) -> Tensor:

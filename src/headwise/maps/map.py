@@ -12,9 +12,9 @@ from headwise.maps.algebra import AlgebraEngine
 from headwise.maps.dense import DenseEngine
 from headwise.maps.gather import mass_at, mass_matching
 from headwise.maps.pattern import Pattern, Window
-from headwise.maps.scores import Bias, Scores
+from headwise.maps.scores import Bias, Piece, Scores
 from headwise.maps.summary import MapSummary, summarize
-from headwise.maps.tiles import TileEngine, online_attend
+from headwise.maps.tiles import TileEngine, online_attend, power
 
 ENGINES = ("auto", "algebra", "tiles", "dense")
 DENSE_LIMIT = 2**28  # numbers that `dense()` is willing to hold: 1 GiB of float32
@@ -266,8 +266,6 @@ class AttentionMap:
         s = self.scores
         r0, r1, _ = rows.indices(s.n_q)
         c0, c1, _ = columns.indices(s.n_k)
-        from headwise.maps.scores import Piece
-
         piece = Piece((0, s.batch), (0, s.kv_heads), (r0, r1), ())
         return self._probabilities(s.tile(piece, c0, c1, True), self._row_lse()[:, :, r0:r1])
 
@@ -298,7 +296,7 @@ class AttentionMap:
     @staticmethod
     def _probabilities(logits: Tensor, lse: Tensor) -> Tensor:
         lse = lse.to(logits.dtype)
-        return (logits - lse.masked_fill(lse == float("-inf"), 0.0)[..., None]).exp().float()
+        return power(logits - lse.masked_fill(lse == float("-inf"), 0.0)[..., None]).float()
 
     def _same_shape(self, other: AttentionMap) -> None:
         a, b = self.scores, other.scores

@@ -9,16 +9,14 @@ product with a few rows, which costs next to nothing, while the sum over queries
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from headwise.maps.scores import Scores
-from headwise.maps.tiles import NEGATIVE_INFINITY
+from headwise.maps.tiles import LOG2_E, NEGATIVE_INFINITY
 
-LOG2_E = math.log2(math.e)
 RUN = 256  # keys whose distance moments are summed in one go: short enough for float32
 
 

@@ -6,6 +6,7 @@ row log-sum-exps (kept from then on), every statistic is one more pass.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 
 import torch
@@ -14,6 +15,13 @@ from torch import Tensor
 from headwise.maps.scores import Piece, Scores
 
 NEGATIVE_INFINITY = float("-inf")
+LOG2_E = math.log2(math.e)
+
+
+def power(x: Tensor) -> Tensor:
+    """exp(x), in place: base 2 because PyTorch's exp on a CPU is several times slower where
+    numbers underflow or are -inf, as most of a sharp map's are."""
+    return x.mul_(LOG2_E).exp2_()
 
 
 def tile_shape(scores: Scores) -> tuple[int, int, int]:
@@ -55,7 +63,7 @@ def online_attend(
             s = scores.tile(piece, first, last, masked)
             peak = torch.maximum(top, s.detach().amax(-1))
             safe = peak.masked_fill(peak == NEGATIVE_INFINITY, 0.0)
-            p = torch.exp(s - safe[..., None])
+            p = torch.exp2((s - safe[..., None]) * LOG2_E)
             shrink = torch.exp(top - safe)
             total = total * shrink + p.sum(-1)
             values = v[b0:b1, g0:g1, first:last].to(p.dtype)
@@ -142,7 +150,7 @@ class TileEngine:
         for piece, at, lse in self._walk():
             b, kv = slice(*piece.batch), slice(*piece.kv)
             for keys, x in self._log_tiles(piece, lse):
-                p = x.exp_()
+                p = power(x)
                 some = values[b, kv, keys].to(p.dtype)
                 mixed = p.view(p.shape[0], some.shape[1], -1, p.shape[-1]) @ some
                 out[at] += mixed.view(*p.shape[:3], -1)
@@ -154,14 +162,14 @@ class TileEngine:
         for piece, at, lse in self._walk():
             w = weights[at].to(s.dtype)[..., None, :]
             for keys, x in self._log_tiles(piece, lse):
-                out[at[0], at[1], keys] += (w @ x.exp_())[..., 0, :]
+                out[at[0], at[1], keys] += (w @ power(x))[..., 0, :]
         return out
 
     def entropy(self) -> Tensor:
-        return self._rows(lambda x, keys, piece: torch.special.entr(x.exp_()).sum(-1))
+        return self._rows(lambda x, keys, piece: torch.special.entr(power(x)).sum(-1))
 
     def collision(self) -> Tensor:
-        return self._rows(lambda x, keys, piece: x.exp_().square_().sum(-1))
+        return self._rows(lambda x, keys, piece: power(x).square_().sum(-1))
 
     def max(self) -> Tensor:
         s = self.scores
@@ -175,7 +183,7 @@ class TileEngine:
 
     def distance_moments(self) -> tuple[Tensor, Tensor]:
         s = self.scores
-        mass = self._rows(lambda x, keys, piece: x.exp_().sum(-1))
+        mass = self._rows(lambda x, keys, piece: power(x).sum(-1))
         seen = mass.clamp_min(torch.finfo(s.dtype).tiny)
         position = s.positions().to(s.dtype)
 
@@ -183,7 +191,7 @@ class TileEngine:
             j = torch.arange(keys.start, keys.stop, device=s.device, dtype=s.dtype)
             return position[slice(*piece.rows)][:, None] - j[None, :]
 
-        mean = self._rows(lambda x, keys, piece: (x.exp_() * distance(keys, piece)).sum(-1)) / seen
+        mean = self._rows(lambda x, keys, piece: (power(x) * distance(keys, piece)).sum(-1)) / seen
 
         def spread(x: Tensor, keys: slice, piece: Piece) -> Tensor:
             group = s.group
@@ -193,7 +201,7 @@ class TileEngine:
                 slice(*piece.rows),
             )
             gap = distance(keys, piece) - mean[at][..., None]
-            return (x.exp_() * gap.square_()).sum(-1)
+            return (power(x) * gap.square_()).sum(-1)
 
         return mean, self._rows(spread) / seen
 
