@@ -98,6 +98,8 @@ def mass_matching(scores: Scores, lse: Tensor, query_ids: Tensor, key_ids: Tenso
         if not len(some):
             continue
         run = _Run(q_order[some], k_order, low[some], high[some])
+        # gathered once: blocks are then slices, or windows, of vectors that lie in order
+        vectors = _taken(s.q[b], run.queries, s.dtype), _taken(s.k[b], run.keys, s.dtype)
         lse_of = torch.empty((s.heads, len(some)), dtype=s.dtype, device=s.device)
         starts = torch.arange(0, len(some), ROWS, device=s.device)
         ends = (starts + ROWS).clamp_max(len(some))
@@ -105,12 +107,17 @@ def mass_matching(scores: Scores, lse: Tensor, query_ids: Tensor, key_ids: Tenso
         together = max(1, TOGETHER // (s.heads * ROWS * SPAN))
         for part in starts[narrow].split(together) if bool(narrow.any()) else ():
             rows = (part[:, None] + torch.arange(ROWS, device=s.device)).clamp_max(len(some) - 1)
+            at = run.low[rows[:, :1]] + torch.arange(SPAN, device=s.device)
             # rows beyond the last repeat it, with the same value
-            lse_of[:, rows.reshape(-1)] = reduce(s, b, run, rows, SPAN)
+            lse_of[:, rows.reshape(-1)] = reduce(s, b, run, vectors, rows, at)
         for first, last in _joined(starts[~narrow].tolist(), len(some)):
             rows = torch.arange(first, last, device=s.device)[None]
-            width = int(run.high[last - 1] - run.low[first])
-            lse_of[:, first:last] = reduce(s, b, run, rows, width)
+            low_key, high_key = _visible(s, run, first, last)
+            at = torch.arange(low_key, high_key, device=s.device)[None]
+            if low_key >= high_key:
+                lse_of[:, first:last] = float("-inf")
+            else:
+                lse_of[:, first:last] = reduce(s, b, run, vectors, rows, at)
         row = lse[b][:, run.queries].to(s.dtype)
         row = row.masked_fill(row == float("-inf"), 0.0)
         out[b, :, run.queries] = (lse_of - row).exp()
@@ -126,13 +133,29 @@ class _Run:
     low: Tensor
     high: Tensor
 
-    def window(self, rows: Tensor, width: int) -> tuple[Tensor, Tensor]:
-        """For blocks of rows `(blocks, rows)`: keys `(blocks, width)` from the first that a row
-        of the block matches, and which of them each row matches `(blocks, rows, width)`."""
-        at = self.low[rows[:, :1]] + torch.arange(width, device=rows.device)
+    def pairs(self, rows: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
+        """For blocks of rows `(blocks, rows)` and places in the list of keys `(blocks, width)`:
+        the keys `(blocks, width)`, and which each row matches `(blocks, rows, width)`."""
         low, high = self.low[rows][..., None], self.high[rows][..., None]
         matches = (at[:, None] >= low) & (at[:, None] < high)
         return self.keys[at.clamp_max(len(self.keys) - 1)], matches
+
+
+def _visible(s: Scores, run: _Run, first: int, last: int) -> tuple[int, int]:
+    """Places in the list of keys that rows [first, last) match and that the pattern may let them
+    see: with one id, keys stand in the order of their positions, and a causal map halves them."""
+    low, high = int(run.low[first]), int(run.high[last - 1])
+    if int(run.high[first]) != high:
+        return low, high
+    queries = run.queries[first:last]
+    start, stop = int(queries.min()) + s.offset, int(queries.max()) + 1 + s.offset
+    seen = s.pattern.ranges(start, stop, s.n_k).possible
+    if not seen:
+        return low, low
+    positions = run.keys[low:high].contiguous()
+    ends = torch.tensor([seen[0][0], seen[-1][1]], device=positions.device)
+    a, b = torch.searchsorted(positions, ends).tolist()
+    return low + a, low + b
 
 
 def _joined(starts: list[int], n: int) -> Iterator[tuple[int, int]]:
@@ -148,17 +171,29 @@ def _joined(starts: list[int], n: int) -> Iterator[tuple[int, int]]:
         yield first, min(last, n)
 
 
-def _blocks(s: Scores, b: int, run: _Run, rows: Tensor, width: int) -> Tensor:
+Vectors = tuple[Tensor, Tensor]
+
+
+def _chosen(vectors: Vectors, rows: Tensor, at: Tensor) -> Vectors:
+    """q `(heads, blocks, rows, d)` and k `(kv_heads, blocks, width, d)` of blocks of the lists."""
+    q, k = vectors
+    last = k.shape[1] - 1
+    r0, r1, k0, k1 = int(rows[0, 0]), int(rows[0, -1]), int(at[0, 0]), int(at[0, -1])
+    if len(rows) == 1 and r1 - r0 + 1 == rows.shape[1] and k1 <= last:
+        return q[:, None, r0 : r1 + 1], k[:, None, k0 : k1 + 1]  # one long block is a slice
+    return _taken(q, rows, q.dtype), _taken(k, at.clamp_max(last), k.dtype)
+
+
+def _blocks(s: Scores, b: int, run: _Run, vectors: Vectors, rows: Tensor, at: Tensor) -> Tensor:
     """lse `(heads, blocks * rows)` over the keys that match, for blocks of rows of the list."""
-    blocks, r = rows.shape
-    keys, matches = run.window(rows, width)
-    query = run.queries[rows]
-    q = (_taken(s.q[b], query, s.dtype) * s.scale).view(s.kv_heads, s.group, blocks, r, -1)
-    k = _taken(s.k[b], keys, s.dtype)
+    (blocks, r), width = rows.shape, at.shape[1]
+    keys, matches = run.pairs(rows, at)
+    q, k = _chosen(vectors, rows, at)
+    q = (q * s.scale).reshape(s.kv_heads, s.group, blocks, r, -1)
     products = q.transpose(1, 2).reshape(s.kv_heads, blocks, s.group * r, -1) @ k.mT
     logits = products.view(s.kv_heads, blocks, s.group, r, width).transpose(1, 2)
     logits = logits.reshape(s.heads, blocks, r, width)
-    i, j = s.positions()[query][..., None], keys[:, None]
+    i, j = s.positions()[run.queries[rows]][..., None], keys[:, None]
     logits = pair_logits(s, b, i.expand(-1, -1, width), j.expand(-1, r, -1), logits, matches)
     return logits.logsumexp(-1).flatten(1)
 
@@ -178,15 +213,15 @@ def _fuses(s: Scores) -> bool:
     )
 
 
-def _fused(s: Scores, b: int, run: _Run, rows: Tensor, width: int) -> Tensor:
+def _fused(s: Scores, b: int, run: _Run, vectors: Vectors, rows: Tensor, at: Tensor) -> Tensor:
     """The same from the kernel: blocks stand where it expects heads, and what is forbidden is an
     additive mask."""
-    keys, matches = run.window(rows, width)
-    query = run.queries[rows]
+    keys, matches = run.pairs(rows, at)
     batch = torch.full((1, 1, 1), b, device=s.device)
-    allowed = matches & s.pattern.allowed(s.positions()[query][..., None], keys[:, None], batch)
+    i = s.positions()[run.queries[rows]][..., None]
+    allowed = matches & s.pattern.allowed(i, keys[:, None], batch)
     hidden = torch.zeros((), dtype=s.dtype, device=s.device).masked_fill(~allowed, float("-inf"))
-    q, k = _taken(s.q[b], query, s.dtype), _taken(s.k[b], keys, s.dtype)
+    q, k = _chosen(vectors, rows, at)
     mask = hidden.expand(s.kv_heads, -1, -1, -1)
     lse = torch.empty(q.shape[:-1], dtype=s.dtype, device=s.device)
     for g in range(s.group):
