@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from bench import measure
 
-SIDES = ("plain", "see", "dense")
+SIDES = ("plain", "logits", "see", "dense")
 
 
 def small_model() -> nn.Module:
@@ -69,12 +69,17 @@ def tokens(model: Any, n: int) -> Tensor:
     return ids[None].to(model.device)
 
 
-@torch.no_grad()
 def plain(model: Any, ids: Tensor) -> Callable[[], Any]:
     """The forward pass through all layers with SDPA, without the unembedding and without a
     cache: the least that any measurement has to pay."""
     model.set_attn_implementation("sdpa")
     return lambda: no_grad(model.base_model, input_ids=ids, use_cache=False)
+
+
+def logits(model: Any, ids: Tensor) -> Callable[[], Any]:
+    """The same with the logits of all tokens: the forward pass as users call it."""
+    model.set_attn_implementation("sdpa")
+    return lambda: no_grad(model, input_ids=ids, use_cache=False)
 
 
 @torch.no_grad()
@@ -148,7 +153,7 @@ def dense_statistics(p: Tensor, ids: Tensor) -> dict[str, Tensor]:
 def work_of(side: str, model: Any, ids: Tensor) -> Callable[[], Any]:
     if side == "see":
         return see(model, ids, text_instruments())
-    return plain(model, ids) if side == "plain" else dense(model, ids)
+    return {"plain": plain, "logits": logits, "dense": dense}[side](model, ids)
 
 
 def measure_memory(args: argparse.Namespace) -> None:
@@ -172,19 +177,20 @@ def measure_memory(args: argparse.Namespace) -> None:
 def run(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
     model = load(args.model, args.device, args.dtype)
-    header = ["tokens", "plain", "see", "see / plain", "dense", "dense / see"]
+    header = ["tokens", "plain", "with logits", "see", "see / plain", "see / with logits"]
+    header += ["dense", "dense / see"]
     header += ["plain MiB", "see MiB", "whole process see / plain", "dense MiB", "dense / see MiB"]
     rows = []
     for n in (int(x) for x in args.lengths.split(",")):
         sides = [s for s in SIDES if s != "dense" or n <= args.dense_limit]
         ids = tokens(model, n)
-        repeats = args.repeats if n <= 8192 else max(1, args.repeats // 3)
+        repeats = args.repeats if n <= 8192 else max(1, args.repeats // 4)
         times = measure.side_by_side(
             {side: work_of(side, model, ids) for side in sides}, repeats, warm=n <= 8192
         )
         middle = {side: measure.median(t) for side, t in times.items()}
         memory = {}
-        for side in sides if args.memory else ():
+        for side in (s for s in sides if args.memory and s != "logits"):
             child = [f"--memory-of={side}", f"--tokens={n}", f"--model={args.model}"]
             child += [f"--threads={args.threads}", f"--device={args.device}"]
             memory[side] = measure.in_own_process(
@@ -223,8 +229,10 @@ def row(
     return [
         f"{n:,}",
         time_of("plain"),
+        time_of("logits"),
         time_of("see"),
         ratio(middle["see"], middle["plain"]),
+        ratio(middle["see"], middle["logits"]),
         time_of("dense"),
         ratio(middle.get("dense"), middle["see"]),
         shown["plain"],
