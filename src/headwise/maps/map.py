@@ -20,7 +20,7 @@ ENGINES = ("auto", "algebra", "tiles", "dense")
 DENSE_LIMIT = 2**28  # numbers that `dense()` is willing to hold: 1 GiB of float32
 
 # Quicker by the algebra than by tiles on a CPU, measured by bench/maps.py; the rest go to tiles.
-BY_ALGEBRA = frozenset({"lse", "apply", "entropy", "distance", "inner", "kl"})
+BY_ALGEBRA = frozenset({"lse", "apply", "transpose_apply", "entropy", "distance", "inner", "kl"})
 
 
 class AttentionMap:
