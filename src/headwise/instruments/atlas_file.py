@@ -9,13 +9,14 @@ names, their order and descriptions, reasons, tiles and provenance.
 import json
 import math
 import os
-import secrets
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as to_bytes
+
+from headwise.instruments.atomic import write_atomically
 
 __all__ = ["FILE_NAME", "FORMAT", "VERSION", "AtlasFileError", "read_file", "write_file"]
 
@@ -66,7 +67,7 @@ def write_file(path: str | os.PathLike[str], content: dict[str, Any]) -> Path:
         "version": str(VERSION),
         "atlas": json.dumps(plain, allow_nan=False),
     }
-    _replace(path, to_bytes(tensors, metadata=metadata))
+    write_atomically(path, to_bytes(tensors, metadata=metadata))
     return path
 
 
@@ -149,19 +150,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     return str(value)  # paths, dates, versions: for reading, not for computing
-
-
-def _replace(path: Path, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # opened by hand and not by tempfile, so that the file gets the user's usual permissions
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.part")
-    handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise

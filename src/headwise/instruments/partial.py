@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from headwise.instruments.atlas_file import AtlasFileError, read_file, write_file
+from headwise.instruments.atomic import write_atomically
 
 __all__ = ["FOLDER", "Partial", "Result", "ResumeError"]
 
@@ -86,10 +87,7 @@ class Partial:
             return
         note = self.folder / _RUN
         if not note.is_file():
-            self.folder.mkdir(parents=True, exist_ok=True)
-            temporary = note.with_suffix(f".{os.getpid()}.part")
-            temporary.write_text(self._said, encoding="utf-8")
-            os.replace(temporary, note)
+            write_atomically(note, self._said.encode())
         content: dict[str, Any] = {
             "heads": result.heads,
             "layers": result.layers,

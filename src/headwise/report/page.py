@@ -6,7 +6,6 @@ import html
 import json
 import os
 import re
-import secrets
 from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 from headwise import __version__
 from headwise.instruments.atlas import Atlas
+from headwise.instruments.atomic import write_atomically
 from headwise.instruments.compare import Comparison
 from headwise.report.changes import changes
 from headwise.report.payload import Detail, payload
@@ -77,7 +77,7 @@ def _written(path: str | os.PathLike[str], content: Callable[[Detail], dict[str,
         if len(page) < LARGEST:
             break
     path = Path(path)
-    _replace(path, page)
+    write_atomically(path, page)
     return path
 
 
@@ -148,19 +148,3 @@ def _asset(name: str) -> str:
 def _printable(text: str) -> str:
     """Text that any encoder takes: control characters and lone surrogates become a mark."""
     return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
-
-
-def _replace(path: Path, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # opened by hand and not by tempfile, so that the file gets the user's usual permissions
-    waiting = path.with_name(f".{path.name}.{secrets.token_hex(6)}.part")
-    handle = os.open(waiting, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(waiting, path)
-    except BaseException:
-        waiting.unlink(missing_ok=True)
-        raise
