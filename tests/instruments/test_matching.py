@@ -39,6 +39,18 @@ def test_matching_equals_eager(name: str) -> None:
             assert np.allclose(mine, values, atol=1e-5), column
 
 
+def test_what_rests_on_a_first_token_that_is_a_delimiter_is_the_sinks() -> None:
+    model, ids = tiny.llama(), tiny.ids(N)
+    ids[0, 0] = tiny.Words.letters.index(".")
+    (result,), _ = tiny.measure(model, [Matching()], ids, tokenizer=tiny.Words())
+    marks = np.array([tiny.Words.letters[t] in "\x00.\n," for t in ids[0].tolist()])
+    for layer, dense in enumerate(tiny.maps(model, {"input_ids": ids})):
+        mine = result.heads["delimiter_mass"][layer * 4 : layer * 4 + 4]
+        rest = (dense[0] * marks)[..., 1:].sum((1, 2)) / N
+        assert np.allclose(mine, rest, atol=1e-5)
+        assert ((dense[0] * marks).sum((1, 2)) / N > rest + 1e-3).all()
+
+
 def test_cross_attention_matches_the_encoders_tokens() -> None:
     model = tiny.bart()
     ids = tiny.ids(30)

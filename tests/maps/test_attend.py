@@ -74,6 +74,22 @@ def test_gradients_equal_pytorch(backend: str, length: int, pattern: object) -> 
         torch.testing.assert_close(a, x.grad, atol=1e-9, rtol=1e-7)
 
 
+@pytest.mark.parametrize("wanted", ["q", "k", "v"])
+def test_a_window_has_gradients_whichever_input_wants_them(wanted: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    leaves = {
+        name: torch.randn(1, heads, 90, 8, generator=generator, dtype=torch.float64)
+        for name, heads in (("q", 4), ("k", 2), ("v", 2))
+    }
+    leaf = leaves[wanted].requires_grad_()
+    grads = []
+    for backend in (None, "dense"):
+        leaf.grad = None
+        attend(**leaves, pattern=Window(16), backend=backend)[0].square().sum().backward()
+        grads.append(leaf.grad.clone())
+    torch.testing.assert_close(*grads, atol=1e-10, rtol=1e-8)
+
+
 @pytest.mark.parametrize("backend", ["dense", "tiled"])
 def test_lse_is_differentiable(backend: str) -> None:
     q = torch.randn(1, 2, 9, 4, dtype=torch.float64, requires_grad=True)

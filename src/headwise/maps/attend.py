@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from headwise.maps import dense, flash, flex, tiles
-from headwise.maps.pattern import Full, Pattern
+from headwise.maps.pattern import Pattern
 from headwise.maps.scores import Bias, Scores
 
 BACKENDS = ("dense", "tiled", "flash", "flex")
@@ -111,7 +111,7 @@ def plan(
     if backend is not None and backend not in BACKENDS:
         raise ValueError(f"backend {backend!r} is unknown; there are {', '.join(BACKENDS)}")
     refused = {
-        "flash": flash.why_not(scores),
+        "flash": flash.why_not(scores, gradients),
         "flex": flex.why_not(scores, gradients, need_lse),
     }
     reasons = {name: why for name, why in refused.items() if why}
@@ -165,4 +165,4 @@ def _check_values(scores: Scores, v: Tensor) -> None:
         )
 
 
-__all__ = ["BACKENDS", "Full", "Plan", "attend", "explain", "plan"]
+__all__ = ["BACKENDS", "Plan", "attend", "explain", "plan"]

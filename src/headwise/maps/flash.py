@@ -64,8 +64,11 @@ def band_of(pattern: Pattern, n_k: int) -> Band | None:
     return None
 
 
-def why_not(scores: Scores) -> str | None:
-    """None where the fused kernels compute this map, otherwise the reason why not."""
+def why_not(scores: Scores, gradients: bool = False) -> str | None:
+    """None where the fused kernels compute this map, otherwise the reason why not.
+
+    `gradients`: whether the result is to be differentiated.
+    """
     if scores.softcap is not None:
         return "soft-capped scores are not a plain product"
     if isinstance(scores.bias, Alibi):
@@ -79,7 +82,7 @@ def why_not(scores: Scores) -> str | None:
     limited = not (band.left is None and band.right in (0, None))
     if limited and scores.device.type != "cpu":
         return f"the fused kernels on {scores.device.type} take no window here: tiles skip it"
-    if limited and scores.q.requires_grad:
+    if limited and gradients:
         return "blocks of a window are written in place: gradients go through the tiles"
     if scores.n_k == 0 or scores.n_q == 0:
         return "there is nothing to compute"
