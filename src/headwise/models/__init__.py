@@ -19,7 +19,9 @@ if TYPE_CHECKING:
         UnsupportedModelError,
     )
     from headwise.models.observation import observe
+    from headwise.models.prefix import Prefix
     from headwise.models.reading import AttentionReading, LayerReading
+    from headwise.models.sites import Site, recording, sites_of, touching
     from headwise.models.structure import AttentionView, LayerView, ModelView
 
 _EXPORTS = {
@@ -28,10 +30,15 @@ _EXPORTS = {
     "LayerReading": "headwise.models.reading",
     "LayerView": "headwise.models.structure",
     "ModelView": "headwise.models.structure",
+    "Prefix": "headwise.models.prefix",
+    "Site": "headwise.models.sites",
     "UnknownAttentionArgumentError": "headwise.models.errors",
     "UnobservedError": "headwise.models.errors",
     "UnsupportedModelError": "headwise.models.errors",
     "observe": "headwise.models.observation",
+    "recording": "headwise.models.sites",
+    "sites_of": "headwise.models.sites",
+    "touching": "headwise.models.sites",
     "view": "headwise.models.discovery",
 }
 
@@ -41,10 +48,15 @@ __all__ = [
     "LayerReading",
     "LayerView",
     "ModelView",
+    "Prefix",
+    "Site",
     "UnknownAttentionArgumentError",
     "UnobservedError",
     "UnsupportedModelError",
     "observe",
+    "recording",
+    "sites_of",
+    "touching",
     "view",
 ]
 

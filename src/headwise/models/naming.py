@@ -93,6 +93,23 @@ MLPS = ("mlp", "feed_forward", "ffn", "ff", "DenseReluDense", "block_sparse_moe"
 MLP_ENDS = ("output.dense", "fc2", "ffn_output", "linear2")
 """The MLP as one module, and the last projection of one that is spread over the layer."""
 
+DOWN = (
+    "down_proj",
+    "down",
+    "c_proj",
+    "dense_4h_to_h",
+    "fc2",
+    "wo",
+    "w2",
+    "lin2",
+    "linear2",
+    "output.dense",
+    "ffn_output",
+    "fc_out",
+    "Wo",
+)
+"""The last projection of a feed-forward part, below the MLP or below the layer."""
+
 FINAL_NORMS = (
     "norm",
     "ln_f",

@@ -1,0 +1,86 @@
+"""Examples on which causes are measured: what users hand over, in batches that run together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from headwise.instruments.inputs import Sample, digest, read_inputs
+from headwise.instruments.tokens import Tokens
+from headwise.models import ModelView, view
+
+__all__ = ["Examples", "digests", "model_view", "read_examples"]
+
+
+@dataclass(frozen=True, eq=False)
+class Examples:
+    """Some examples of equal length. inputs: what the model is called with, on its device, every
+    tensor with these examples in front; rows: which examples of all they are."""
+
+    inputs: dict[str, Tensor]
+    rows: slice
+
+    def __len__(self) -> int:
+        return self.rows.stop - self.rows.start
+
+
+def model_view(model: nn.Module | ModelView) -> ModelView:
+    """The view of a model, or the view that was given."""
+    return model if isinstance(model, ModelView) else view(model)
+
+
+def read_examples(
+    model: nn.Module,
+    inputs: Any,
+    tokenizer: Any | None = None,
+    processor: Any | None = None,
+    tokens: int | None = None,
+    windows: int | None = None,
+    batch_size: int = 16,
+) -> list[Examples]:
+    """Every input that `headwise.see` takes, cut into examples: in order, neighbours of equal
+    length together, at most `batch_size` at a time.
+
+    tokens: length of the windows that a text is cut into; windows: how many of each text (None:
+    all). Raises ValueError and TypeError as `see` does for what cannot be read.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size}: expected 1 or more")
+    if isinstance(inputs, Mapping):  # labels of None and the like are no inputs
+        inputs = {key: value for key, value in inputs.items() if value is not None}
+    words = Tokens(tokenizer, getattr(model, "config", None))
+    sources = read_inputs(model, inputs, words, processor, tokens, windows)
+    samples = [sample for source in sources for sample in source.samples]
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    found: list[Examples] = []
+    start = 0
+    while start < len(samples):
+        stop = start + 1
+        while stop < min(len(samples), start + batch_size) and _fit(samples[start], samples[stop]):
+            stop += 1
+        batch = samples[start:stop]
+        together = {
+            key: torch.cat([sample.inputs[key] for sample in batch]).to(device)
+            if value.dim()
+            else value.to(device)
+            for key, value in batch[0].inputs.items()
+        }
+        found.append(Examples(together, slice(start, stop)))
+        start = stop
+    return found
+
+
+def digests(batches: list[Examples]) -> list[str]:
+    """A hash of each batch's inputs."""
+    return [digest(batch.inputs).hex() for batch in batches]
+
+
+def _fit(a: Sample, b: Sample) -> bool:
+    """Whether two samples have the same tensors, of the same shapes."""
+    return a.inputs.keys() == b.inputs.keys() and all(
+        value.shape == b.inputs[key].shape for key, value in a.inputs.items()
+    )
