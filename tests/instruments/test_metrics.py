@@ -35,7 +35,7 @@ def test_loss_and_accuracy_are_means_over_predicted_real_tokens(mask: Tensor | N
                 math.log(sum(math.exp(float(x)) for x in rows[b, i])) - rows[b, i, target]
             )
             right.append(float(int(rows[b, i].argmax()) == target))
-        assert float(loss[b]) == pytest.approx(float(sum(losses)) / len(losses), abs=1e-5)
+        assert float(loss[b]) == pytest.approx(sum(losses) / len(losses), abs=1e-5)
         assert float(hits[b]) == pytest.approx(sum(right) / len(right))
 
 
