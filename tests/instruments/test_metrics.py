@@ -31,9 +31,8 @@ def test_loss_and_accuracy_are_means_over_predicted_real_tokens(mask: Tensor | N
             if mask is not None and not mask[b, i + 1]:
                 continue
             target = int(tokens[b, i + 1])
-            losses.append(
-                math.log(sum(math.exp(float(x)) for x in rows[b, i])) - rows[b, i, target]
-            )
+            total = sum(math.exp(float(x)) for x in rows[b, i])
+            losses.append(math.log(total) - float(rows[b, i, target]))
             right.append(float(int(rows[b, i].argmax()) == target))
         assert float(loss[b]) == pytest.approx(sum(losses) / len(losses), abs=1e-5)
         assert float(hits[b]) == pytest.approx(sum(right) / len(right))
