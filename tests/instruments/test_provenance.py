@@ -13,7 +13,6 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from headwise.instruments import provenance
 from headwise.instruments.contrast import contrast
 from headwise.instruments.provenance import (
     collect,
@@ -24,6 +23,7 @@ from headwise.instruments.provenance import (
     versions,
     weights_hash,
 )
+from headwise.models import identity
 
 
 def a_model(seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -60,7 +60,7 @@ def test_parameter_hash_tells_models_apart() -> None:
 
 def test_parameter_hash_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = weights_hash(a_model())
-    monkeypatch.setattr(provenance, "_CHUNK", 12)
+    monkeypatch.setattr(identity, "_CHUNK", 12)
     assert weights_hash(a_model()) == whole
 
 
@@ -77,7 +77,7 @@ def test_file_hash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         save_file({"x": torch.arange(9.0)}, tmp_path / name)
     (tmp_path / "notes.txt").write_text("no weights")
     base = weights_hash(tmp_path)
-    monkeypatch.setattr(provenance, "_CHUNK", 10)
+    monkeypatch.setattr(identity, "_CHUNK", 10)
     assert weights_hash(tmp_path) == base
     (tmp_path / "notes.txt").unlink()
     assert weights_hash(tmp_path) == base

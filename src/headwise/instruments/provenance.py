@@ -5,20 +5,19 @@ named by its last part; neither host nor account names are read.
 """
 
 import hashlib
-import os
 import platform
 import shlex
 import sys
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from headwise.edits import active
+from headwise.models.identity import config_of, model_name, weights_hash
 
 __all__ = [
     "collect",
@@ -30,8 +29,6 @@ __all__ = [
     "versions",
     "weights_hash",
 ]
-
-_CHUNK = 1 << 24  # bytes that are hashed, and copied from a device, at a time
 
 
 def collect(
@@ -62,7 +59,7 @@ def collect(
     known: dict[str, Any] = {
         "model": name or model_name(model),
         "model_class": type(model).__name__,
-        "revision": revision or getattr(_config(model), "_commit_hash", None),
+        "revision": revision or getattr(config_of(model), "_commit_hash", None),
         "weights_hash": digest or weights_hash(model),
         "texts": list(texts),
         "dtype": ", ".join(dtypes),
@@ -103,44 +100,6 @@ def text_entry(name: str, content: str | bytes | Tensor, tokens: int) -> dict[st
     return {"name": name, "sha256": hashlib.sha256(data).hexdigest(), "tokens": int(tokens)}
 
 
-def weights_hash(source: nn.Module | str | os.PathLike[str]) -> str:
-    """SHA-256 of a model's parameters, or of the safetensors files in a folder, as "sha256:...".
-
-    Parameters go by name, with dtype and shape, those that several names share under the first
-    name; files go by name and content. Both are read in pieces, so memory stays small. The two
-    hashes of the same model differ, and so do those of the same model in another dtype.
-    Raises FileNotFoundError for a folder without safetensors files, ValueError for a model whose
-    parameters hold no data (device "meta").
-    """
-    digest = hashlib.sha256()
-    if isinstance(source, nn.Module):
-        for name, parameter in sorted(source.named_parameters()):
-            digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}\n".encode())
-            for piece in _pieces(name, parameter.detach()):
-                digest.update(piece)
-        return f"sha256:{digest.hexdigest()}"
-    path = Path(source)
-    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
-    if not files:
-        raise FileNotFoundError(f"no *.safetensors in {path}: nothing to hash")
-    for file in files:
-        digest.update(f"{file.name} {file.stat().st_size}\n".encode())
-        with file.open("rb") as stream:
-            while block := stream.read(_CHUNK):
-                digest.update(block)
-    return f"sha256:{digest.hexdigest()}"
-
-
-def model_name(model: nn.Module) -> str:
-    """The name in the model's configuration; of a folder its last part; else the class's name."""
-    name = str(getattr(_config(model), "_name_or_path", "") or "")
-    if not name:
-        return type(model).__name__
-    # hub names are "owner/name"; whatever is a place on this machine tells of its user
-    is_place = os.path.isabs(name) or name.startswith((".", "~")) or os.path.exists(name)
-    return (Path(name).name or type(model).__name__) if is_place else name
-
-
 def versions() -> dict[str, str]:
     """Versions of what the numbers depend on; what is not installed is left out."""
     found = {"python": platform.python_version()}
@@ -173,20 +132,6 @@ def reset_peak_memory() -> None:
     """Start counting CUDA memory anew; the process's own peak cannot be reset."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         torch.cuda.reset_peak_memory_stats()
-
-
-def _pieces(name: str, tensor: Tensor) -> Iterable[memoryview]:
-    if tensor.device.type == "meta":
-        raise ValueError(f"parameter {name} is on the meta device and holds no data to hash")
-    rows = tensor.reshape(-1)  # a copy only where the tensor has gaps
-    step = _CHUNK // max(1, tensor.element_size())
-    for start in range(0, rows.numel(), step):
-        piece = rows[start : start + step].cpu().contiguous()
-        yield piece.view(torch.uint8).numpy().data
-
-
-def _config(model: nn.Module) -> Any:
-    return getattr(model, "config", None)
 
 
 def _device(device: torch.device) -> str:
