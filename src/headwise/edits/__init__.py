@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from headwise.lazy import names_of
 
 if TYPE_CHECKING:
+    from headwise.edits.blending import AddDirection, TowardsSelf
     from headwise.edits.change import Call, Change
     from headwise.edits.changes import (
         AddBias,
@@ -24,18 +25,29 @@ if TYPE_CHECKING:
         UsePattern,
     )
     from headwise.edits.conversion import Conversion, convert
+    from headwise.edits.deltas import Full, LowRank
     from headwise.edits.effects import Effect, effect
+    from headwise.edits.patch_file import Patch, patches_in
+    from headwise.edits.reweighing import CalibrateSinks, MoveMass, ScaleTokens
     from headwise.edits.rotary import ScalePositions
     from headwise.edits.swapping import Record, Swap, active, swap
 
 _EXPORTS = {
+    "ScaleTokens": "headwise.edits.reweighing",
+    "MoveMass": "headwise.edits.reweighing",
+    "CalibrateSinks": "headwise.edits.reweighing",
+    "TowardsSelf": "headwise.edits.blending",
+    "AddDirection": "headwise.edits.blending",
     "AddBias": "headwise.edits.changes",
     "Call": "headwise.edits.change",
     "Change": "headwise.edits.change",
     "Choose": "headwise.edits.changes",
     "Conversion": "headwise.edits.conversion",
     "Effect": "headwise.edits.effects",
+    "Full": "headwise.edits.deltas",
     "LogLength": "headwise.edits.changes",
+    "LowRank": "headwise.edits.deltas",
+    "Patch": "headwise.edits.patch_file",
     "Record": "headwise.edits.swapping",
     "Scale": "headwise.edits.changes",
     "ScalePositions": "headwise.edits.rotary",
@@ -48,29 +60,39 @@ _EXPORTS = {
     "active": "headwise.edits.swapping",
     "convert": "headwise.edits.conversion",
     "effect": "headwise.edits.effects",
+    "patches_in": "headwise.edits.patch_file",
     "swap": "headwise.edits.swapping",
 }
 
 __all__ = [
     "AddBias",
+    "AddDirection",
+    "CalibrateSinks",
     "Call",
     "Change",
     "Choose",
     "Conversion",
     "Effect",
+    "Full",
     "LogLength",
+    "LowRank",
+    "MoveMass",
+    "Patch",
     "Record",
     "Scale",
     "ScalePositions",
     "ScaleSink",
+    "ScaleTokens",
     "Silence",
     "Swap",
     "Temperature",
+    "TowardsSelf",
     "Uniform",
     "UsePattern",
     "active",
     "convert",
     "effect",
+    "patches_in",
     "swap",
 ]
 
