@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from headwise.instruments.metrics import LogitDifference, Loss, metric_of
+from headwise.instruments.metrics import LogitDifference, Loss, metric_of, rows_at
 
 
 def logits(batch: int = 3, n: int = 6, vocabulary: int = 11) -> Tensor:
@@ -114,3 +114,16 @@ def test_gradients_pass_through_all_but_accuracy() -> None:
         score.sum().backward()
         assert rows.grad is not None
         assert rows.grad.abs().sum() > 0
+
+
+def test_last_token_of_an_encoder_decoder_is_the_decoders() -> None:
+    logits = torch.arange(2 * 3 * 4.0).view(2, 3, 4)
+    inputs = {
+        "input_ids": torch.zeros(2, 5, dtype=torch.long),
+        "attention_mask": torch.ones(2, 5),
+        "decoder_input_ids": torch.zeros(2, 3, dtype=torch.long),
+        "decoder_attention_mask": torch.tensor([[1, 1, 1], [1, 1, 0]]),
+    }
+    assert torch.equal(rows_at(logits, inputs, -1), logits[[0, 1], [2, 1]])
+    del inputs["decoder_attention_mask"]
+    assert torch.equal(rows_at(logits, inputs, -1), logits[:, 2])

@@ -27,6 +27,7 @@ __all__ = [
     "Metric",
     "last_positions",
     "metric_of",
+    "rows_at",
 ]
 
 Inputs = Mapping[str, Any]
@@ -113,7 +114,7 @@ class LogitDifference(Metric):
 
     def score(self, logits: Tensor, inputs: Inputs, clean: Tensor | None = None) -> Tensor:
         batch = len(logits)
-        rows = logits if logits.dim() == 2 else _rows_at(logits, inputs, self.at)
+        rows = logits if logits.dim() == 2 else rows_at(logits, inputs, self.at)
         return self._logit(rows, self.right, batch) - self._logit(rows, self.wrong, batch)
 
     def of(self, rows: slice) -> LogitDifference:
@@ -181,15 +182,18 @@ def metric_of(given: Any) -> Metric:
 
 
 def last_positions(inputs: Inputs, n: int, batch: int) -> Tensor:
-    """`(batch,)`: the position of the last real token, by `attention_mask`."""
-    mask = inputs.get("attention_mask")
+    """`(batch,)`: the position of the last real token, by `attention_mask`; of an encoder-decoder,
+    whose answers are the decoder's, by `decoder_attention_mask`."""
+    decodes = any(name.startswith("decoder_input") for name in inputs)
+    mask = inputs.get("decoder_attention_mask" if decodes else "attention_mask")
     if mask is None or mask.dim() != 2:
         return torch.full((batch,), n - 1)
     places = torch.arange(n, device=mask.device)
     return (mask.bool() * places).amax(1)
 
 
-def _rows_at(logits: Tensor, inputs: Inputs, at: Tensor | int) -> Tensor:
+def rows_at(logits: Tensor, inputs: Inputs, at: Tensor | int) -> Tensor:
+    """`(batch, vocabulary)`: the logits at one position of each example, see LogitDifference."""
     batch, n = logits.shape[:2]
     where = torch.as_tensor(at, device=logits.device)
     if where.dim() and batch % len(where):
