@@ -11,6 +11,7 @@ from headwise.lazy import names_of
 
 if TYPE_CHECKING:
     from headwise.instruments.atlas import Atlas
+    from headwise.instruments.attribution import Attribution, attribute
     from headwise.instruments.catalog import INSTRUMENTS
     from headwise.instruments.columns import Column
     from headwise.instruments.compare import Comparison, compare
@@ -20,13 +21,24 @@ if TYPE_CHECKING:
 _EXPORTS = {
     "INSTRUMENTS": "headwise.instruments.catalog",
     "Atlas": "headwise.instruments.atlas",
+    "Attribution": "headwise.instruments.attribution",
+    "attribute": "headwise.instruments.attribution",
     "Column": "headwise.instruments.columns",
     "Comparison": "headwise.instruments.compare",
     "compare": "headwise.instruments.compare",
     "see": "headwise.instruments.see",
 }
 
-__all__ = ["INSTRUMENTS", "Atlas", "Column", "Comparison", "compare", "see"]
+__all__ = [
+    "INSTRUMENTS",
+    "Atlas",
+    "Attribution",
+    "Column",
+    "Comparison",
+    "attribute",
+    "compare",
+    "see",
+]
 
 
 class _Room(ModuleType):
