@@ -50,7 +50,17 @@ def test_layer_norm(size: int, dtype: torch.dtype) -> None:
     assert isinstance(found, Gain)
     assert found.centred
     torch.testing.assert_close(found.gain, norm.weight.double(), atol=1e-6, rtol=1e-6)
+    assert found.bias is not None
+    assert isinstance(norm.bias, Tensor)
+    torch.testing.assert_close(found.bias, norm.bias.double(), atol=1e-6, rtol=1e-6)
     assert norm.weight.dtype == dtype  # left as it was
+
+
+def test_a_norm_without_a_bias_has_none() -> None:
+    for norm in (nn.RMSNorm(6), nn.LayerNorm(6, bias=False), nn.LayerNorm(6)):
+        found = find_gain(norm, 6)
+        assert isinstance(found, Gain)
+        assert found.bias is None
 
 
 @pytest.mark.parametrize("size", [2, 3, 8])

@@ -20,10 +20,12 @@ _TOLERANCE = 1e-3
 
 @dataclass(frozen=True)
 class Gain:
-    """x -> gain * (x - mean(x)), the mean only if `centred`. gain: (size,) float64 on the CPU."""
+    """x -> gain * (x - mean(x)) + bias, the mean only if `centred`. gain, bias: (size,) float64 on
+    the CPU. A bias is added behind the division by a norm's size, so that it needs no other."""
 
     gain: Tensor
     centred: bool
+    bias: Tensor | None = None
 
     def into_input(self, weight: Tensor) -> Tensor:
         """W of shape (..., size) with this in front: W diag(g) C."""
@@ -70,7 +72,8 @@ def find_gain(norm: nn.Module | None, size: int) -> Gain | str:
     biased = (biases - biases[0]).norm() <= _TOLERANCE * odd.norm() + 1e-6 * biases.norm()
     if not biased or not _close((values[5] - values[6]) / 2, expected):
         return f"{name} is no norm or scaling whose gain could be folded into the weights"
-    return Gain(gain, centred)
+    bias = biases.mean(0)
+    return Gain(gain, centred, bias if bias.norm() > 1e-9 * odd.norm() else None)
 
 
 def _signs(size: int) -> Tensor:
