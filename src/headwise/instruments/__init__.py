@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from headwise.instruments.catalog import INSTRUMENTS
     from headwise.instruments.columns import Column
     from headwise.instruments.compare import Comparison, compare
+    from headwise.instruments.lenses import Lens, lens
     from headwise.instruments.see import see
 
 # name -> the module that defines it
@@ -26,6 +27,8 @@ _EXPORTS = {
     "Column": "headwise.instruments.columns",
     "Comparison": "headwise.instruments.compare",
     "compare": "headwise.instruments.compare",
+    "Lens": "headwise.instruments.lenses",
+    "lens": "headwise.instruments.lenses",
     "see": "headwise.instruments.see",
 }
 
@@ -35,8 +38,10 @@ __all__ = [
     "Attribution",
     "Column",
     "Comparison",
+    "Lens",
     "attribute",
     "compare",
+    "lens",
     "see",
 ]
 
