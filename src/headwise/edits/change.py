@@ -93,10 +93,12 @@ class Change:
     sequences between calls.
 
     `discards`: `after` does not look at what the heads gave, which is then not computed (zeros are
-    handed over) unless somebody observes it.
+    handed over) unless somebody observes it. `hides_map`: `after` gives what no map of `call`
+    gives, so that observing these heads is refused instead of showing another map.
     """
 
     discards = False
+    hides_map = False
 
     def check(self, attention: AttentionView, heads: tuple[int, ...]) -> None:
         """Raise ValueError, with the reason, where this cannot be done to these heads. Asked

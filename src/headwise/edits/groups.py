@@ -18,6 +18,7 @@ from headwise.maps.per_head import (
     put_together,
     take,
 )
+from headwise.models.errors import UnsupportedModelError
 from headwise.models.interface import Attended, Terms
 from headwise.models.structure import AttentionView
 
@@ -52,6 +53,11 @@ def attend_changed(
         given = call = _taken(attention, asked, query, key, value, terms)
         for change in changed:
             call = _checked(change, call, change.before(call))
+        if whole and (hiding := [change for change in changed if change.hides_map]):
+            raise UnsupportedModelError(
+                f"{attention.name}: {hiding[0]!r} gives what no map of queries and keys gives, so "
+                "its map cannot be observed; observe the model without this change"
+            )
         if not whole and any(change.discards for change in changed):
             shape = (*call.query.shape[:3], call.value.shape[-1])
             out, lse = call.query.new_zeros(shape), call.query.new_zeros(0)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from headwise.edits.change import Call
 from headwise.maps import Bias, Pattern, PerHead
@@ -97,8 +98,13 @@ def joined(
     queries = [
         call.query if call.scale == scale else call.query * (call.scale / scale) for call in made
     ]
+    widths = [q.shape[-1] for q in queries]
+    if len(set(widths)) > 1:  # coordinates that some heads have more than others
+        queries = [F.pad(q, (0, max(widths) - q.shape[-1])) for q in queries]
     if any(a.key is not b.key or a.value is not b.value for a, b in calls):
-        key = torch.cat([_for_each(call.key, call) for call in made], 1)[:, order]
+        keys = [_for_each(call.key, call) for call in made]
+        keys = [F.pad(k, (0, max(widths) - k.shape[-1])) for k in keys]
+        key = torch.cat(keys, 1)[:, order]
         value = torch.cat([_for_each(call.value, call) for call in made], 1)[:, order]
     sinks = None
     if any(call.sinks is not None for call in made):

@@ -5,7 +5,8 @@
     positions(yarn(4, original=2048))
 
 Names are those of the classes, in lower case: of patterns (window, sinks, causal, dilated ...) and
-of changes (silence, uniform, scale, scalesink, temperature, loglength, usepattern). `positions(4)`
+of changes (silence, uniform, scale, scalesink, temperature, loglength, usepattern, scaletokens,
+movemass, calibratesinks, towardsself). `positions(4)`
 is ScalePositions with a number, linear(4), ntk(4), yarn(...) or llama3(...); `alibi(0.1)` one slope
 for all heads. Arguments are numbers, None, True, False, patterns, or several
 of these in parentheses. Nothing else is evaluated.
@@ -21,7 +22,7 @@ from dataclasses import fields, is_dataclass
 from typing import Any
 
 from headwise import maps
-from headwise.edits import changes, rotary
+from headwise.edits import blending, changes, reweighing, rotary
 from headwise.edits.change import Change
 from headwise.maps import Pattern
 from headwise.parts.position import scaling
@@ -33,7 +34,8 @@ _COMBINED = (maps.And, maps.Or, maps.Not)
 def names() -> dict[str, Callable[..., Any]]:
     """Name -> what makes it, of everything that can be written."""
     patterns = _writable(vars(maps), Pattern)
-    own = _writable(vars(changes), Change)
+    homes = (changes, reweighing, blending)
+    own = {k: v for home in homes for k, v in _writable(vars(home), Change).items()}
     stretched = {kind.__name__.lower(): kind for kind in _scalings()}
     positions = {"positions": rotary.ScalePositions, "scalepositions": rotary.ScalePositions}
     return {**patterns, **own, **positions, **stretched, "alibi": lambda *s: maps.Alibi(s)}
