@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from headwise.instruments.columns import Column
     from headwise.instruments.compare import Comparison, compare
     from headwise.instruments.lenses import Lens, lens
+    from headwise.instruments.patching import patch
     from headwise.instruments.see import see
 
 # name -> the module that defines it
@@ -29,6 +30,7 @@ _EXPORTS = {
     "compare": "headwise.instruments.compare",
     "Lens": "headwise.instruments.lenses",
     "lens": "headwise.instruments.lenses",
+    "patch": "headwise.instruments.patching",
     "see": "headwise.instruments.see",
 }
 
