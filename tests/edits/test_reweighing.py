@@ -172,11 +172,11 @@ def test_gradients_pass_through_moved_mass():
         analytic = float(weight.grad[3, 2])
         sides = []
         with torch.no_grad():
-            for step in (1e-5, -1e-5):
+            for step in (1e-3, -1e-3):  # norms compute in float32
                 weight[3, 2] += step
                 sides.append(float(model(ids).logits[:, -1, 3].sum()))
                 weight[3, 2] -= step
-    assert analytic == pytest.approx((sides[0] - sides[1]) / 2e-5, rel=1e-3, abs=1e-7)
+    assert analytic == pytest.approx((sides[0] - sides[1]) / 2e-3, rel=1e-3)
 
 
 def test_text_writes_them():
