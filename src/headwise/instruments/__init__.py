@@ -44,6 +44,7 @@ __all__ = [
     "attribute",
     "compare",
     "lens",
+    "patch",
     "see",
 ]
 
