@@ -16,7 +16,7 @@ from torch import Tensor
 
 from headwise.edits.change import Call, Change
 from headwise.edits.token_sets import among_keys, among_queries, check_tokens
-from headwise.maps import AttentionMap
+from headwise.maps import AttentionMap, attend
 
 NOTHING = -30.0
 """Stands for the logarithm of 0: e^-30 is below the rounding of a float32."""
@@ -105,7 +105,16 @@ class CalibrateSinks(Change):
         if self.keep == 1:
             return call
         with torch.no_grad():
-            received = _map(call).received() / call.n_q
+            seen = AttentionMap(
+                call.query,
+                call.key,
+                pattern=call.pattern,
+                scale=call.scale,
+                bias=call.bias,
+                sinks=call.sinks,
+                softcap=call.softcap,
+            )
+            received = seen.received() / call.n_q
             numbers = call.places.keys(call.n_k, call.query.device)[:, None]
             real = numbers >= self.first
             sinks = (received > self.alpha / call.n_k) & real
@@ -160,20 +169,23 @@ def _mass(call: Call, keys: Tensor) -> Tensor:
     columns = keys.expand(batch, -1, -1).to(call.query.dtype)
     group = heads // kv_heads
     if columns.shape[1] == 1:
-        return _map(call).apply(columns[..., None].expand(-1, kv_heads, -1, -1))[..., 0]
+        return _weighed(call, columns[..., None].expand(-1, kv_heads, -1, -1))[..., 0]
     # a column for each query head of the group, of which each reads its own
     several = columns.unflatten(1, (kv_heads, group)).transpose(-1, -2)
-    found = _map(call).apply(several).unflatten(1, (kv_heads, group))
+    found = _weighed(call, several).unflatten(1, (kv_heads, group))
     return torch.stack([found[:, :, g, :, g] for g in range(group)], 2).flatten(1, 2)
 
 
-def _map(call: Call) -> AttentionMap:
-    return AttentionMap(
+def _weighed(call: Call, columns: Tensor) -> Tensor:
+    """The call's map times columns `(batch, kv_heads, n_k, m)`; gradients pass."""
+    return attend(
         call.query,
         call.key,
-        pattern=call.pattern,
-        scale=call.scale,
-        bias=call.bias,
-        sinks=call.sinks,
-        softcap=call.softcap,
-    )
+        columns,
+        call.pattern,
+        call.scale,
+        call.bias,
+        call.sinks,
+        call.softcap,
+        need_lse=False,
+    )[0]
