@@ -206,6 +206,35 @@ def test_gradients_pass_through_what_is_read_and_written() -> None:
             assert float(slope) == pytest.approx(float(scale.grad[head]), rel=2e-2, abs=2e-3)
 
 
+@pytest.mark.parametrize("make", [tiny.gpt2, own])
+def test_gradients_with_respect_to_parts_are_those_of_finite_differences(make: Any) -> None:
+    model = make().double()
+    ids, look = tiny.ids(5), view(model)
+
+    def answer() -> Tensor:
+        output = model(ids)
+        return (output if isinstance(output, Tensor) else output.logits)[0, -1, 3]
+
+    for kind in ("heads", "queries", "keys", "values"):
+        site = Site(kind, 1)
+        with recording(look, [site], detach=False) as kept:
+            found = answer()
+        (slope,) = torch.autograd.grad(found, kept[site])
+        place = (0, 4, 1, 2) if kind in ("heads", "queries") else (0, 2, 1, 2)
+
+        def more(there: Tensor, place: tuple[int, ...] = place) -> Tensor:
+            made = there.clone()
+            made[place] += 1e-5
+            return made
+
+        with torch.no_grad():
+            before = answer()
+            with touching(look, {site: more}):
+                after = answer()
+        assert torch.allclose((after - before) / 1e-5, slope[place], rtol=1e-3, atol=1e-7)
+        assert slope[place] != 0
+
+
 def test_a_shared_layer_is_touched_at_the_place_that_is_named() -> None:
     model = albert()
     look, inputs = view(model), inputs_of(model)

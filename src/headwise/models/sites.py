@@ -128,8 +128,11 @@ def recording(
     kept: dict[Site, Tensor] = {}
 
     def keep(site: Site) -> Write:
-        def write(value: Tensor) -> None:
+        def write(value: Tensor) -> Tensor | None:
             kept[site] = value.detach() if detach else value
+            # a part of a tensor (one head's features) is on the way to the answer once it is put
+            # back: gradients with respect to the part alone would be none
+            return None if detach else value
 
         return write
 
