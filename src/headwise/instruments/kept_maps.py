@@ -18,7 +18,16 @@ from headwise.models.observation import observe
 from headwise.models.prefix import logits_of
 from headwise.models.sites import Site, touching
 
-__all__ = ["Kept", "check_stacks", "keep", "keeping", "read_from", "stack_read", "wanted_stack"]
+__all__ = [
+    "Kept",
+    "check_stacks",
+    "keep",
+    "keeping",
+    "read_from",
+    "read_site",
+    "stack_read",
+    "wanted_stack",
+]
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,11 +85,11 @@ def keep(
         with (
             torch.no_grad(),
             keeping(view, batch) as kept,
-            touching(view, {_last_residual(view): cut}),
+            touching(view, {read_site(view): cut}),
         ):
             output = view.model(**inputs)
             if at is not None:
-                return kept, _one_hot(at, leaf[0])
+                return kept, read_from(leaf[0], at)
             with torch.enable_grad():
                 score = metric.score(logits_of(output), inputs).sum()
                 gradient = _gradient(score, leaf[0])
@@ -89,13 +98,16 @@ def keep(
     return kept, read_from(gradient)
 
 
-def read_from(gradient: Tensor) -> Tensor:
+def read_from(gradient: Tensor, at: Tensor | int | None = None) -> Tensor:
     """Weights `(batch, n)` of the positions that an answer is read from: the norms of its gradient
     in the last layer's output `(batch, n, width)`, as shares. One position where there is one (a
     class token, the last token of a text), all evenly under mean pooling of equal states.
 
-    Raises ValueError for an example whose answer reads nothing.
+    at: that position alone, one for all or `(batch,)`. Raises ValueError for an example whose
+    answer reads nothing, and for a position outside.
     """
+    if at is not None:
+        return _one_hot(at, gradient)
     norms = gradient.float().norm(dim=-1)
     whole = norms.sum(-1, keepdim=True)
     if bool((whole == 0).any()):
@@ -131,7 +143,8 @@ def wanted_stack(view: ModelView, of: str | None) -> str:
     return of or view.stacks[0]
 
 
-def _last_residual(view: ModelView) -> Site:
+def read_site(view: ModelView) -> Site:
+    """What the last layer of that stack leaves."""
     stack = stack_read(view)
     last = [layer for layer in view.layers if layer.stack == stack][-1]
     return Site("residual", last.index + 1, stack)
