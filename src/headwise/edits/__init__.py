@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from headwise.edits.deltas import Full, LowRank
     from headwise.edits.effects import Effect, effect
     from headwise.edits.patch_file import Patch, patches_in
+    from headwise.edits.registers import Neuron, Registers, find_register_neurons
     from headwise.edits.reweighing import CalibrateSinks, MoveMass, ScaleTokens
     from headwise.edits.rotary import ScalePositions
     from headwise.edits.swapping import Record, Swap, active, swap
@@ -45,8 +46,10 @@ _EXPORTS = {
     "LogLength": "headwise.edits.changes",
     "LowRank": "headwise.edits.deltas",
     "MoveMass": "headwise.edits.reweighing",
+    "Neuron": "headwise.edits.registers",
     "Patch": "headwise.edits.patch_file",
     "Record": "headwise.edits.swapping",
+    "Registers": "headwise.edits.registers",
     "Scale": "headwise.edits.changes",
     "ScalePositions": "headwise.edits.rotary",
     "ScaleSink": "headwise.edits.changes",
@@ -60,6 +63,7 @@ _EXPORTS = {
     "active": "headwise.edits.swapping",
     "convert": "headwise.edits.conversion",
     "effect": "headwise.edits.effects",
+    "find_register_neurons": "headwise.edits.registers",
     "patches_in": "headwise.edits.patch_file",
     "swap": "headwise.edits.swapping",
 }
@@ -77,8 +81,10 @@ __all__ = [
     "LogLength",
     "LowRank",
     "MoveMass",
+    "Neuron",
     "Patch",
     "Record",
+    "Registers",
     "Scale",
     "ScalePositions",
     "ScaleSink",
@@ -92,6 +98,7 @@ __all__ = [
     "active",
     "convert",
     "effect",
+    "find_register_neurons",
     "patches_in",
     "swap",
 ]

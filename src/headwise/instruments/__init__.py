@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     from headwise.instruments.compare import Comparison, compare
     from headwise.instruments.lenses import Lens, lens
     from headwise.instruments.patching import patch
+    from headwise.instruments.profiles import profile
     from headwise.instruments.see import see
+    from headwise.instruments.steering import Steered, steered
 
 # name -> the module that defines it
 _EXPORTS = {
@@ -31,6 +33,9 @@ _EXPORTS = {
     "Lens": "headwise.instruments.lenses",
     "lens": "headwise.instruments.lenses",
     "patch": "headwise.instruments.patching",
+    "profile": "headwise.instruments.profiles",
+    "Steered": "headwise.instruments.steering",
+    "steered": "headwise.instruments.steering",
     "see": "headwise.instruments.see",
 }
 
@@ -41,11 +46,14 @@ __all__ = [
     "Column",
     "Comparison",
     "Lens",
+    "Steered",
     "attribute",
     "compare",
     "lens",
     "patch",
+    "profile",
     "see",
+    "steered",
 ]
 
 
