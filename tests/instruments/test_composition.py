@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from headwise.instruments.circuits import ov, qk
+from headwise.instruments.qk_ov import ov, qk
 from headwise.instruments.composition import (
     Composition,
     _scores,

@@ -19,7 +19,7 @@ from transformers import (
     PhiForCausalLM,
 )
 
-from headwise.instruments.circuits import ov, qk
+from headwise.instruments.qk_ov import ov, qk
 from headwise.models import AttentionReading, Site, observe, recording, view
 from headwise.models.backbones import Decoder
 from headwise.parts import Alibi, Attention, GroupedQuery, Rotary
