@@ -26,12 +26,17 @@ if TYPE_CHECKING:
     )
     from headwise.edits.conversion import Conversion, convert
     from headwise.edits.deltas import Full, LowRank
+    from headwise.edits.edit_effects import EditEffects, measure_edit
     from headwise.edits.effects import Effect, effect
+    from headwise.edits.fact_prompts import Fact
+    from headwise.edits.facts import edit_fact, edit_facts
+    from headwise.edits.key_statistics import KeyStatistics, collect_key_statistics
     from headwise.edits.patch_file import Patch, patches_in
     from headwise.edits.registers import Neuron, Registers, find_register_neurons
     from headwise.edits.reweighing import CalibrateSinks, MoveMass, ScaleTokens
     from headwise.edits.rotary import ScalePositions
     from headwise.edits.swapping import Record, Swap, active, swap
+    from headwise.edits.target_values import ValueSearch
 
 _EXPORTS = {
     "AddBias": "headwise.edits.changes",
@@ -41,8 +46,11 @@ _EXPORTS = {
     "Change": "headwise.edits.change",
     "Choose": "headwise.edits.changes",
     "Conversion": "headwise.edits.conversion",
+    "EditEffects": "headwise.edits.edit_effects",
     "Effect": "headwise.edits.effects",
+    "Fact": "headwise.edits.fact_prompts",
     "Full": "headwise.edits.deltas",
+    "KeyStatistics": "headwise.edits.key_statistics",
     "LogLength": "headwise.edits.changes",
     "LowRank": "headwise.edits.deltas",
     "MoveMass": "headwise.edits.reweighing",
@@ -60,10 +68,15 @@ _EXPORTS = {
     "TowardsSelf": "headwise.edits.blending",
     "Uniform": "headwise.edits.changes",
     "UsePattern": "headwise.edits.changes",
+    "ValueSearch": "headwise.edits.target_values",
     "active": "headwise.edits.swapping",
+    "collect_key_statistics": "headwise.edits.key_statistics",
     "convert": "headwise.edits.conversion",
+    "edit_fact": "headwise.edits.facts",
+    "edit_facts": "headwise.edits.facts",
     "effect": "headwise.edits.effects",
     "find_register_neurons": "headwise.edits.registers",
+    "measure_edit": "headwise.edits.edit_effects",
     "patches_in": "headwise.edits.patch_file",
     "swap": "headwise.edits.swapping",
 }
@@ -76,8 +89,11 @@ __all__ = [
     "Change",
     "Choose",
     "Conversion",
+    "EditEffects",
     "Effect",
+    "Fact",
     "Full",
+    "KeyStatistics",
     "LogLength",
     "LowRank",
     "MoveMass",
@@ -95,10 +111,15 @@ __all__ = [
     "TowardsSelf",
     "Uniform",
     "UsePattern",
+    "ValueSearch",
     "active",
+    "collect_key_statistics",
     "convert",
+    "edit_fact",
+    "edit_facts",
     "effect",
     "find_register_neurons",
+    "measure_edit",
     "patches_in",
     "swap",
 ]
