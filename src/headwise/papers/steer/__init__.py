@@ -1,0 +1,1 @@
+"""Steering and editing what trained models do."""
