@@ -33,7 +33,8 @@ Method = Callable[..., Tensor]
 METHODS = {
     "gradient_x_input": "headwise.instruments.input_gradients:gradient_x_input",
     "integrated_gradients": "headwise.instruments.input_gradients:integrated_gradients",
-    "lrp": "headwise.instruments.relevance_rules:lrp",
+    "lrp": "headwise.instruments.relevance_propagation:lrp",
+    "pa_lrp": "headwise.instruments.relevance_propagation:pa_lrp",
     "globenc": "headwise.instruments.encoder_norms:globenc",
     "rollout": "headwise.instruments.rollout:rollout",
     "flow": "headwise.instruments.flow:flow",
