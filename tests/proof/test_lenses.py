@@ -5,6 +5,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from headwise.instruments import lens
+from headwise.instruments.direct_attribution import direct_effects
 from headwise.instruments.tuned_lens import fit_lens
 from tests.proof.weights import stories
 
@@ -45,3 +46,12 @@ def test_a_tuned_lens_comes_closer_than_the_logit_lens(model, windows):
     assert (after["kl"][:3] < 0.5 * before["kl"][:3]).all()
     assert (after["loss"][:-1] < before["loss"][:-1]).all()
     assert (after["accuracy"][:-1] > before["accuracy"][:-1]).all()
+
+
+def test_a_logit_falls_into_what_the_parts_wrote(model, assets):
+    ids = stories(assets)[0][:, :100]
+    found = direct_effects(model, ids)
+    with torch.no_grad():
+        best = model(ids).logits[0, -1].max()
+    assert found.total == pytest.approx(float(best), abs=1e-4)
+    assert found.heads.shape == (1, 40)
