@@ -9,14 +9,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from headwise.instruments.qk_ov import ov, qk
-from headwise.instruments.composition import (
+from headwise.instruments.composition_scores import (
     Composition,
     _scores,
     composition,
     composition_by_component,
 )
-from headwise.instruments.token_matching import token_matching
+from headwise.instruments.induction_weights import token_matching
+from headwise.instruments.qk_ov import ov, qk
 from headwise.models import UnsupportedModelError
 from headwise.models.backbones import Decoder
 from headwise.parts import Attention, GroupedQuery

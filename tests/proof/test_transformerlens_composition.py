@@ -20,7 +20,7 @@ pytest.importorskip(
 
 from transformers import LlamaForCausalLM
 
-from headwise.instruments.composition import composition
+from headwise.instruments.composition_scores import composition
 from tests.proof.lens import bridge, llama
 
 

@@ -15,28 +15,36 @@ if TYPE_CHECKING:
     from headwise.instruments.catalog import INSTRUMENTS
     from headwise.instruments.columns import Column
     from headwise.instruments.compare import Comparison, compare
+    from headwise.instruments.composition_scores import composition, composition_by_component
+    from headwise.instruments.induction_weights import token_matching
     from headwise.instruments.lenses import Lens, lens
     from headwise.instruments.patching import patch
     from headwise.instruments.profiles import profile
+    from headwise.instruments.qk_ov import ov, qk
     from headwise.instruments.see import see
     from headwise.instruments.steering import Steered, steered
 
 # name -> the module that defines it
 _EXPORTS = {
-    "INSTRUMENTS": "headwise.instruments.catalog",
     "Atlas": "headwise.instruments.atlas",
     "Attribution": "headwise.instruments.attribution",
-    "attribute": "headwise.instruments.attribution",
     "Column": "headwise.instruments.columns",
     "Comparison": "headwise.instruments.compare",
-    "compare": "headwise.instruments.compare",
+    "INSTRUMENTS": "headwise.instruments.catalog",
     "Lens": "headwise.instruments.lenses",
+    "Steered": "headwise.instruments.steering",
+    "attribute": "headwise.instruments.attribution",
+    "compare": "headwise.instruments.compare",
+    "composition": "headwise.instruments.composition_scores",
+    "composition_by_component": "headwise.instruments.composition_scores",
     "lens": "headwise.instruments.lenses",
+    "ov": "headwise.instruments.qk_ov",
     "patch": "headwise.instruments.patching",
     "profile": "headwise.instruments.profiles",
-    "Steered": "headwise.instruments.steering",
-    "steered": "headwise.instruments.steering",
+    "qk": "headwise.instruments.qk_ov",
     "see": "headwise.instruments.see",
+    "steered": "headwise.instruments.steering",
+    "token_matching": "headwise.instruments.induction_weights",
 }
 
 __all__ = [
@@ -49,11 +57,16 @@ __all__ = [
     "Steered",
     "attribute",
     "compare",
+    "composition",
+    "composition_by_component",
     "lens",
+    "ov",
     "patch",
     "profile",
+    "qk",
     "see",
     "steered",
+    "token_matching",
 ]
 
 

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor, nn
 
-from headwise.models.structure import ModelView
+from headwise.instruments.folded import input_gain
+from headwise.instruments.readout import output_stack
+from headwise.models.structure import AttentionView, ModelView
 
-__all__ = ["embedding_table", "speaking_stack", "unembedding_table"]
-
-
-def speaking_stack(view: ModelView) -> str:
-    """The stack whose residual is unembedded: decoder or text, else the last."""
-    return next((s for s in ("decoder", "text") if s in view.stacks), view.stacks[-1])
+__all__ = ["as_read", "embedding_table", "unembedding_table"]
 
 
 def embedding_table(view: ModelView, stack: str) -> Tensor | str:
     """The (vocab, width) table of tokens that feeds a stack, or the reason why there is none."""
-    for table in _tables(view, stack, stack == speaking_stack(view)):
+    for table in _tables(view, stack, stack == output_stack(view)):
         if isinstance(table, Tensor) and table.dim() == 2 and table.shape[1] == view.width:
             return table
     return f"no embedding of tokens at the width of stack {stack}"
@@ -34,6 +32,18 @@ def unembedding_table(view: ModelView) -> Tensor | str:
             "before it unembeds it, which no product of weights describes"
         )
     return view.unembedding
+
+
+def as_read(rows: Tensor, attention: AttentionView) -> Tensor:
+    """Rows of a table `(tokens, width)`, divided by their sizes where a norm feeds the attention:
+    what it would read of a token alone, but for the gain, which stands in its weights."""
+    if attention.norm is None or isinstance(attention.norm, nn.Identity):
+        return rows
+    centred = input_gain(attention, rows.shape[-1]).centred
+    middle = rows - rows.mean(-1, keepdim=True) if centred else rows
+    size = middle.pow(2).mean(-1, keepdim=True).sqrt()
+    # a token that was never trained may be all zeros
+    return rows / size.clamp_min(torch.finfo(rows.dtype).tiny)
 
 
 def _tables(view: ModelView, stack: str, speaks: bool) -> Iterator[Tensor | None]:

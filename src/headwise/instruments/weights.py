@@ -22,7 +22,8 @@ from headwise.instruments.columns import columns
 from headwise.instruments.factored import Factored
 from headwise.instruments.folded import query_and_key, value_and_output
 from headwise.instruments.gains import find_gain
-from headwise.instruments.token_tables import embedding_table, speaking_stack, unembedding_table
+from headwise.instruments.readout import output_stack
+from headwise.instruments.token_tables import embedding_table, unembedding_table
 from headwise.models import UnsupportedModelError
 from headwise.models.structure import AttentionView, ModelView
 
@@ -51,7 +52,7 @@ class Weights:
         self._grams: dict[tuple[int, int], Tensor] = {}
         self._matching: dict[str, Tensor | str] = {}
         self._copying: dict[str, Tensor | str] = {}
-        output = speaking_stack(view)
+        output = output_stack(view)
         for stack in view.stacks:
             table = embedding_table(view, stack)
             told = f"ov_copying, qk_matching: {table}" if isinstance(table, str) else table

@@ -15,10 +15,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from headwise.instruments.composition import Head
+from headwise.instruments.composition_scores import Head
 from headwise.instruments.examples import model_view
-from headwise.instruments.folded import input_gain, query_and_key, value_and_output
-from headwise.instruments.token_tables import embedding_table, speaking_stack
+from headwise.instruments.folded import query_and_key, value_and_output
+from headwise.instruments.readout import output_stack
+from headwise.instruments.token_tables import as_read, embedding_table
 from headwise.models import ModelView, UnsupportedModelError
 from headwise.models.structure import AttentionView
 
@@ -54,15 +55,13 @@ def token_matching(
     must be said, UnsupportedModelError where there are no tokens, weights or gains.
     """
     view = model_view(model)
-    stack = stack or speaking_stack(view)
+    stack = stack or output_stack(view)
     table = embedding_table(view, stack)
     if isinstance(table, str):
         raise UnsupportedModelError(f"token_matching: {table}")
     found = [a for a in view.attentions if a.stack == stack and a.kind == "self"]
     with torch.no_grad():
-        centred = input_gain(found[0], view.width).centred
-        divided = found[0].norm is not None and not isinstance(found[0].norm, nn.Identity)
-        rows = _Rows(table, dtype, centred, divided)
+        rows = _Rows(table, found[0], dtype)
         writers = {
             id(a): [_by_head(a, part) for part in value_and_output(view, a, dtype)] for a in found
         }
@@ -93,17 +92,12 @@ def token_matching(
 class _Rows:
     """Sums over a table of tokens: the Gram matrix `(width, width)` and the total `(width,)`."""
 
-    def __init__(self, table: Tensor, dtype: torch.dtype, centred: bool, divided: bool) -> None:
+    def __init__(self, table: Tensor, reader: AttentionView, dtype: torch.dtype) -> None:
         self.count, width = table.shape
         self.gram = torch.zeros(width, width, dtype=dtype, device=table.device)
         self.total = torch.zeros(width, dtype=dtype, device=table.device)
         for part in table.split(_ROWS):
-            rows = part.to(dtype)
-            if divided:
-                middle = rows - rows.mean(-1, keepdim=True) if centred else rows
-                size = middle.pow(2).mean(-1, keepdim=True).sqrt()
-                # a token that was never trained may be all zeros
-                rows = rows / size.clamp_min(torch.finfo(dtype).tiny)
+            rows = as_read(part.to(dtype), reader)
             self.gram += rows.mT @ rows
             self.total += rows.sum(0)
 
