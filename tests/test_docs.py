@@ -1,8 +1,33 @@
 """Pages that are written from the code say what the code says."""
 
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
 from recipes import parts_page
+
+DOCS = Path(__file__).resolve().parent.parent / "docs"
 
 
 def test_the_page_of_parts_is_up_to_date() -> None:
     have = parts_page.PAGE.read_text(encoding="utf-8")
     assert have == parts_page.page(), "run: python -m recipes.parts_page"
+
+
+def test_the_code_on_the_page_of_weights_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    from headwise.models.default import default_model_path
+
+    try:
+        default_model_path()
+    except FileNotFoundError:
+        pytest.skip("the embedded model is not in this checkout")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    text = (DOCS / "weights.md").read_text(encoding="utf-8")
+    names: dict[str, Any] = {}
+    blocks = re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    assert len(blocks) >= 3
+    for block in blocks:
+        exec(compile(block, "weights.md", "exec"), names)
+    assert names["scores"].top(1, "k")[0].score > 2 * names["scores"].random
