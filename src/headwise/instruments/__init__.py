@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from headwise.lazy import names_of
 
 if TYPE_CHECKING:
+    from headwise.instruments.ablations import ablation
     from headwise.instruments.atlas import Atlas
     from headwise.instruments.attribution import Attribution, attribute
     from headwise.instruments.catalog import INSTRUMENTS
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from headwise.instruments.compare import Comparison, compare
     from headwise.instruments.composition_scores import composition, composition_by_component
     from headwise.instruments.induction_weights import token_matching
+    from headwise.instruments.joint_ablation import JointEffects, ablate_together
     from headwise.instruments.lenses import Lens, lens
     from headwise.instruments.patching import patch
     from headwise.instruments.profiles import profile
@@ -31,8 +33,11 @@ _EXPORTS = {
     "Column": "headwise.instruments.columns",
     "Comparison": "headwise.instruments.compare",
     "INSTRUMENTS": "headwise.instruments.catalog",
+    "JointEffects": "headwise.instruments.joint_ablation",
     "Lens": "headwise.instruments.lenses",
     "Steered": "headwise.instruments.steering",
+    "ablate_together": "headwise.instruments.joint_ablation",
+    "ablation": "headwise.instruments.ablations",
     "attribute": "headwise.instruments.attribution",
     "compare": "headwise.instruments.compare",
     "composition": "headwise.instruments.composition_scores",
@@ -53,8 +58,11 @@ __all__ = [
     "Attribution",
     "Column",
     "Comparison",
+    "JointEffects",
     "Lens",
     "Steered",
+    "ablate_together",
+    "ablation",
     "attribute",
     "compare",
     "composition",

@@ -231,6 +231,43 @@ _EFFECT = (
     ),
 )
 
+_MICHEL = "Michel et al. 2019, arXiv 1905.10650"
+
+_CAUSE = (
+    Column(
+        "effect",
+        "score",
+        "What taking the head out does: metric without it minus metric with it, mean over "
+        "examples. Which metric, and what stood in its place, is in the provenance.",
+        f"{_MICHEL}, section 3",
+    ),
+    Column("effect_se", "score", "Standard error of the effect over examples."),
+    Column(
+        "effect_gradient",
+        "score",
+        "The effect estimated to first order: (replacement - output) . gradient of the metric.",
+        f"{_MICHEL}, equation 2; Syed et al. 2023, arXiv 2310.10348 (attribution patching)",
+    ),
+    Column(
+        "effect_integrated",
+        "score",
+        "The effect estimated with the mean gradient on the way to the replacement, the heads of "
+        "an attention moving together.",
+        "Sundararajan et al. 2017, arXiv 1703.01365; Hao et al. 2021, arXiv 2004.11207",
+    ),
+)
+
+_LAYER_CAUSE = tuple(
+    Column(f"{part}_effect{se}", "score", f"{what}{whole}, as in effect of heads.")
+    for part, whole in (
+        ("layer", "the whole layer (it adds nothing)"),
+        ("attention", "the layer's self-attention"),
+        ("cross_attention", "the layer's cross-attention"),
+        ("mlp", "the layer's feed-forward part"),
+    )
+    for se, what in (("", "What taking out "), ("_se", "Standard error of the effect of "))
+)
+
 _LAYERS = (
     Column("layer", "index", "Layer, counted from 0 in its stack."),
     Column("stack", "name", "Stack of layers: decoder, encoder, vision ..."),
@@ -268,8 +305,10 @@ _LAYERS = (
     ),
 )
 
-HEAD_COLUMNS: tuple[Column, ...] = _IDENTITY + _SINKS + _SHAPE + _PLACES + _CONTENT + _EFFECT
-LAYER_COLUMNS: tuple[Column, ...] = _LAYERS
+HEAD_COLUMNS: tuple[Column, ...] = (
+    _IDENTITY + _SINKS + _SHAPE + _PLACES + _CONTENT + _EFFECT + _CAUSE
+)
+LAYER_COLUMNS: tuple[Column, ...] = _LAYERS + _LAYER_CAUSE
 
 # name -> Column for both tables; identity columns read the same in either
 COLUMNS: dict[str, Column] = {c.name: c for c in LAYER_COLUMNS + HEAD_COLUMNS}
