@@ -20,7 +20,7 @@ from headwise.instruments.metrics import Inputs, LogitDifference, Metric, metric
 from headwise.models import ModelView
 from headwise.models.prefix import logits_of
 
-__all__ = ["LogitOf", "Target", "read_target"]
+__all__ = ["LogitOf", "ProbabilityOf", "Target", "read_target"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,6 +55,20 @@ class LogitOf(Metric):
             return held[rows] if isinstance(held, Tensor) and held.dim() else held
 
         return LogitOf(some(self.ids), some(self.at))
+
+
+@dataclass(frozen=True, eq=False)
+class ProbabilityOf(LogitOf):
+    """The probability of what `LogitOf` takes the logit of."""
+
+    name, unit = "probability", "share"
+
+    def score(self, logits: Tensor, inputs: Inputs, clean: Tensor | None = None) -> Tensor:
+        return super().score(logits.float().log_softmax(-1), inputs).exp()
+
+    def of(self, rows: slice) -> ProbabilityOf:
+        one = super().of(rows)
+        return ProbabilityOf(one.ids, one.at)
 
 
 @dataclass(frozen=True, eq=False)
