@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from headwise.instruments.metrics import LogitDifference, Metric
+from headwise.instruments.metrics import Metric
 from headwise.models import ModelView
 from headwise.models.prefix import Prefix, logits_of
 from headwise.models.sites import Site, Write, recording
@@ -59,8 +59,9 @@ Change = Sequence[Exchange]
 class Scored:
     """A model on some inputs with a metric: `of(logits)` gives one number an example.
 
-    Where the metric asks for the last position only, the model is asked for the logits there and
-    nowhere else (transformers' `logits_to_keep`), which spares most of a large unembedding.
+    Where the metric asks for the last position only (its `at` is -1, as LogitDifference's is), the
+    model is asked for the logits there and nowhere else (transformers' `logits_to_keep`), which
+    spares most of a large unembedding.
 
     metric: already cut to these examples (`Metric.of`). `clean`: to be set to the logits that a
     metric such as "kl" compares with.
@@ -74,7 +75,7 @@ class Scored:
         self.clean: Tensor | None = None
         mask = inputs.get("attention_mask")
         whole = mask is None or bool((mask != 0).all())
-        last = isinstance(metric, LogitDifference) and _is_last(metric.at)
+        last = _is_last(getattr(metric, "at", None))
         known = inspect.signature(view.model.forward).parameters
         if whole and last and "logits_to_keep" in known and "input_ids" in inputs:
             self.inputs["logits_to_keep"] = 1
@@ -101,7 +102,7 @@ class Scored:
         return torch.stack(scores).double()
 
 
-def _is_last(at: Tensor | int) -> bool:
+def _is_last(at: Any) -> bool:
     return isinstance(at, int) and at == -1
 
 
