@@ -46,7 +46,7 @@ def add_see_options(see: argparse.ArgumentParser) -> None:
     see.add_argument(
         "--seed", type=int, default=0, metavar="N", help="of the random sequences (default: 0)"
     )
-    _add_loading(see)
+    add_loading(see)
 
 
 def add_swap_options(swap: argparse.ArgumentParser) -> None:
@@ -72,7 +72,7 @@ def add_swap_options(swap: argparse.ArgumentParser) -> None:
     )
     swap.add_argument("--out", type=Path, metavar="FILE", help="write the numbers as JSON")
     swap.add_argument("--force", action="store_true", help="replace FILE")
-    _add_loading(swap)
+    add_loading(swap)
 
 
 def _add_model_and_texts(command: argparse.ArgumentParser) -> None:
@@ -106,7 +106,8 @@ def _add_model_and_texts(command: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_loading(command: argparse.ArgumentParser) -> None:
+def add_loading(command: argparse.ArgumentParser) -> None:
+    """How a model is loaded, and how much is told: of every command that takes a model."""
     command.add_argument(
         "--dtype",
         choices=(*DTYPES, "auto"),

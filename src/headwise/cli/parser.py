@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from headwise import __version__
+from headwise.cli.edit_options import add_edit_options
 from headwise.cli.options import (
     add_explain_options,
     add_see_options,
@@ -51,6 +52,14 @@ def build_parser() -> Parser:
         "change what heads compute, and measure what happens to loss, next tokens and speed",
     )
     add_swap_options(swap)
+
+    edit = _command(
+        commands,
+        "edit",
+        "headwise.cli.edit:run",
+        "write a fact into a model's weights as a patch file, or apply such patches and ask",
+    )
+    add_edit_options(edit)
 
     train = _command(
         commands,

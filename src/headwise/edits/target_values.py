@@ -52,7 +52,12 @@ class ValueSearch:
 @dataclass(frozen=True, eq=False)
 class TargetValue:
     """What was found: the mean key `(hidden,)`, the layer's output there and the output wanted
-    `(width,)`, the loss in nats per target token before and after, and the steps it took."""
+    `(width,)`, the loss in nats per target token before and after, and the steps it took.
+
+    agreement: the smallest cosine between the key in one of the wordings and the mean. Where it
+    is small the edit does not reach that wording: a subject that is the very first token of a
+    line, on which attention rests, has a key of its own.
+    """
 
     key: Tensor
     output: Tensor
@@ -60,6 +65,7 @@ class TargetValue:
     loss_before: float
     loss_after: float
     steps: int
+    agreement: float = 1.0
 
     def told(self) -> dict[str, Any]:
         """The numbers, as JSON."""
@@ -69,6 +75,7 @@ class TargetValue:
             "loss_after": self.loss_after,
             "steps": self.steps,
             "relative_change": change,
+            "key_agreement": self.agreement,
         }
 
 
@@ -186,7 +193,8 @@ def search_value(
                     one.mul_((how.reach * s / one.norm().clamp_min(1e-12)).clamp(max=1.0))
     if progress is not None:
         progress(how.steps, how.steps, f"target value, {loss:.2f} nats")
-    return TargetValue(key, start, start + best, begin, loss, step)
+    alike = torch.cosine_similarity(neurons[:count], key[None], dim=-1)
+    return TargetValue(key, start, start + best, begin, loss, step, float(alike.min()))
 
 
 def _drift_logs(logits: Tensor, lines: Rows, count: int) -> Tensor | None:
