@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from headwise.instruments.joint_ablation import JointEffects, ablate_together
     from headwise.instruments.lenses import Lens, lens
     from headwise.instruments.patching import patch
+    from headwise.instruments.probing import Probe, probe
     from headwise.instruments.profiles import profile
     from headwise.instruments.qk_ov import ov, qk
     from headwise.instruments.see import see
@@ -47,6 +48,8 @@ _EXPORTS = {
     "patch": "headwise.instruments.patching",
     "profile": "headwise.instruments.profiles",
     "qk": "headwise.instruments.qk_ov",
+    "Probe": "headwise.instruments.probing",
+    "probe": "headwise.instruments.probing",
     "see": "headwise.instruments.see",
     "steered": "headwise.instruments.steering",
     "token_matching": "headwise.instruments.induction_weights",
