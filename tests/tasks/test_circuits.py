@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from headwise.tasks import circuits
-from headwise.tasks.circuits import KnownCircuit, KnownEdge
+from headwise.tasks.circuits import KnownCircuit
 from headwise.tasks.task import IGNORED, Batch
+from tests.tasks.by_hand import all_edges, by_hand
 
 NAMES = [(name, control) for name in circuits.ALL for control in (False, True)]
 CHANGED, IDLE = 0.05, 1e-5
@@ -104,71 +105,6 @@ def test_exactly_its_feeds_matter(name: str, control: bool) -> None:
         assert cost > CHANGED if layer in known.feeds else abs(cost) < IDLE
 
 
-@torch.no_grad()
-def by_hand(known: KnownCircuit, batch: Batch, without: KnownEdge | None = None) -> Tensor:
-    """The model's answer in float64, from what each component adds; one receiver's input lacks
-    what one sender added."""
-    model: Any = known.model
-    if "pixel_values" in batch.inputs:
-        start = model.embed(**batch.inputs)[0]
-    else:
-        start = model.embed(batch.inputs["input_ids"])
-    added = {"embed": start.double()}
-
-    def read(receiver: str) -> Tensor:
-        lost = without.sender if without and without.receiver == receiver else None
-        kept = [value for sender, value in added.items() if sender != lost]
-        return sum(kept, torch.zeros_like(added["embed"]))
-
-    n = start.shape[1]
-    for layer, module in enumerate(model.stack.mixers):
-        width = module.size.head_dim
-        hidden = torch.zeros(n, n, dtype=torch.bool)
-        if module.causal:
-            hidden = torch.ones(n, n, dtype=torch.bool).triu(1)
-        table = module.position.table[:n].double() if module.causal else 0.0
-        new = {}
-        for head in range(module.size.heads):
-            own = slice(head * width, (head + 1) * width)
-            q, k, v = (
-                (read(f"L{layer}H{head}.{letter}") + table) @ matrix.weight[own].double().T
-                for letter, matrix in zip(
-                    "qkv",
-                    (module.project.query, module.project.key, module.project.value),
-                    strict=True,
-                )
-            )
-            scores = (q @ k.transpose(1, 2) / width**0.5).masked_fill(hidden, -torch.inf)
-            new[f"L{layer}H{head}"] = (
-                scores.softmax(-1) @ v @ module.merge.linear.weight[:, own].double().T
-            )
-        added |= new
-        if model.stack.fed[layer]:
-            feed = model.stack.feeds[layer].double()
-            added[f"L{layer} mlp"] = feed(read(f"L{layer} mlp"))
-            feed.float()
-    end = read("logits")
-    if "pixel_values" in batch.inputs:
-        end = end[:, 0]
-    linear = model.head.linear
-    bias = 0.0 if linear.bias is None else linear.bias.double()
-    return end @ linear.weight.double().T + bias
-
-
-def all_edges(known: KnownCircuit) -> list[KnownEdge]:
-    """Every sender to every receiver that comes later."""
-    model: Any = known.model
-    senders, found = ["embed"], []
-    for layer, module in enumerate(model.stack.mixers):
-        heads = [f"L{layer}H{head}" for head in range(module.size.heads)]
-        found += [KnownEdge(s, f"{head}.{x}") for s in senders for head in heads for x in "qkv"]
-        senders += heads
-        if model.stack.fed[layer]:
-            found += [KnownEdge(s, f"L{layer} mlp") for s in senders]
-            senders.append(f"L{layer} mlp")
-    return found + [KnownEdge(s, "logits") for s in senders]
-
-
 @every
 def test_exactly_its_edges_matter(name: str, control: bool) -> None:
     known = made(name, control)
@@ -177,13 +113,13 @@ def test_exactly_its_edges_matter(name: str, control: bool) -> None:
         batch.inputs.pop("attention_mask")
     with torch.no_grad():
         torch.testing.assert_close(
-            known.model(**batch.inputs).double(), by_hand(known, batch), atol=2e-2, rtol=1e-4
+            known.model(**batch.inputs).double(), by_hand(known, batch.inputs), atol=2e-2, rtol=1e-4
         )
-    whole = float(known.task.loss(by_hand(known, batch), batch))
+    whole = float(known.task.loss(by_hand(known, batch.inputs), batch))
     there = all_edges(known)
     assert known.edges <= set(there)
     for edge in there:
-        cost = float(known.task.loss(by_hand(known, batch, edge), batch)) - whole
+        cost = float(known.task.loss(by_hand(known, batch.inputs, edge), batch)) - whole
         assert cost > CHANGED if edge in known.edges else abs(cost) < IDLE, (edge, cost)
 
 
