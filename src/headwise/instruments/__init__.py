@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from headwise.instruments.qk_ov import ov, qk
     from headwise.instruments.see import see
     from headwise.instruments.steering import Steered, steered
+    from headwise.instruments.token_ablation import TokenEffects, ablate_tokens
 
 # name -> the module that defines it
 _EXPORTS = {
@@ -37,7 +38,9 @@ _EXPORTS = {
     "JointEffects": "headwise.instruments.joint_ablation",
     "Lens": "headwise.instruments.lenses",
     "Steered": "headwise.instruments.steering",
+    "TokenEffects": "headwise.instruments.token_ablation",
     "ablate_together": "headwise.instruments.joint_ablation",
+    "ablate_tokens": "headwise.instruments.token_ablation",
     "ablation": "headwise.instruments.ablations",
     "attribute": "headwise.instruments.attribution",
     "compare": "headwise.instruments.compare",
@@ -65,7 +68,9 @@ __all__ = [
     "Lens",
     "Probe",
     "Steered",
+    "TokenEffects",
     "ablate_together",
+    "ablate_tokens",
     "ablation",
     "attribute",
     "compare",
