@@ -40,7 +40,7 @@ def test_patches_of_digits(digits: tuple[Any, Any], mode: str) -> None:
     for name, least in (
         ("rollout", 0.2),
         ("generic", 0.15),
-        ("gradient_x_input", 0.05),
+        ("gradient_x_input", 0.02),
         ("lrp", 0.25),
     ):
         gain = found.gain(name)
