@@ -45,13 +45,15 @@ class Edge:
 class Circuit:
     """Components and the paths between them, strongest first.
 
-    metric, threshold, mlps: how it was found; provenance: on what.
+    metric, threshold, mlps: how it was found; provenance: on what. shared: heads that use one
+    key-value head together, whose number stands in "L1H0.k" and "L1H0.v".
     """
 
     edges: tuple[Edge, ...]
     metric: str = ""
     threshold: float = 0.0
     mlps: str = "run"
+    shared: int = 1
     provenance: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -64,6 +66,18 @@ class Circuit:
     def heads(self) -> list[tuple[int, int]]:
         """(layer, head) of its heads, as `headwise.swap` takes them."""
         return [(n.layer, n.head or 0) for n in self.nodes if n.kind == "head"]
+
+    def receiving(self, edge: Edge) -> list[Node]:
+        """The components of the circuit that an edge leads into: those that use what it changes."""
+        to = edge.receiver
+        if to.kind in ("logits", "mlp", "head"):
+            return [to]
+        share = 1 if to.kind == "queries" else self.shared
+        return [
+            n
+            for n in self.nodes
+            if n.kind == "head" and n.layer == to.layer and (n.head or 0) // share == to.head
+        ]
 
     def into(self, receiver: Named) -> list[Edge]:
         """The paths to one receiver, strongest first."""
@@ -84,7 +98,7 @@ class Circuit:
             | ({"error": e.error} if np.isfinite(e.error) else {})
             for e in self.edges
         ]
-        facts = {name: getattr(self, name) for name in ("metric", "threshold", "mlps")}
+        facts = {name: getattr(self, name) for name in ("metric", "threshold", "mlps", "shared")}
         return (
             facts
             | {"nodes": list(map(str, self.nodes)), "edges": edges}
@@ -153,7 +167,8 @@ def find_circuit(
                 waiting.append(edge.sender)
     edges = sorted(found.values(), key=lambda edge: -abs(edge.weight))
     provenance = facts | {"not_asked": list(map(str, waiting))}
-    return Circuit(tuple(edges), str(facts["metric"]), threshold, mlps, provenance)
+    shared = max((a.heads // a.kv_heads for a in view.attentions), default=1)
+    return Circuit(tuple(edges), str(facts["metric"]), threshold, mlps, shared, provenance)
 
 
 def _ports(view: ModelView, node: Node) -> list[Node]:

@@ -69,7 +69,7 @@ class Scored:
 
     def __init__(self, view: ModelView, inputs: Mapping[str, Tensor], metric: Metric) -> None:
         self.view, self.metric = view, metric
-        self.inputs: dict[str, Any] = dict(inputs)
+        self.inputs: dict[str, Any] = {k: v for k, v in inputs.items() if k != "labels"}
         self.batch = next(v.shape[0] for v in inputs.values() if v.dim())
         self.given: dict[str, Any] = dict(inputs)
         self.clean: Tensor | None = None
