@@ -99,6 +99,17 @@ def test_subjects_at_places_of_their_own():
         trace(model, [long, short], [0], 3, samples=1)
 
 
+def test_positions_at_places_of_their_own():
+    """A named position may stand elsewhere in each example: it is that example's column."""
+    model, ids = tiny.gpt2(), torch.randint(0, tiny.VOCABULARY, (3, 7))
+    places = [1, 4, 2]
+    given = {"inputs": {"input_ids": ids}, "subject": [[at] for at in places], "answer": 5}
+    named = trace(model, **given, positions={"subject": torch.tensor(places)}, samples=2)
+    whole = trace(model, **given, samples=2)
+    for number, at in enumerate(places):
+        np.testing.assert_allclose(named.examples[number, :, 0], whole.examples[number, :, at])
+
+
 def test_probability():
     logits = torch.randn(2, 5, 9, generator=torch.Generator().manual_seed(0))
     mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]])

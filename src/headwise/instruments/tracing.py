@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -107,7 +108,8 @@ def trace(
         size = spread if spread is not None else _spread(view, examples, subjects)
         for one, tokens in zip(examples, subjects, strict=True):
             run = _Trace(view, one, metric.of(one.rows), tokens, noise * size, samples, seed)
-            asked = spots(positions, one.inputs, run.length, slice(0, samples))
+            here = spots(positions, one.inputs, run.length, one.rows)
+            asked = [replace(s, at=None if s.at is None else s.at.expand(samples)) for s in here]
             found.append((*run.restored(sites, asked, wide, pass_tokens), [s.label for s in asked]))
     labels = found[0][-1]
     if any(one[-1] != labels for one in found):
