@@ -417,18 +417,6 @@ def test_dropout_of_changed_weights_is_refused():
         run(model, inputs(model))
 
 
-def test_what_is_built_of_parts_has_its_parts_exchanged():
-    from headwise.parts import Attention
-
-    class Block(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.layers = torch.nn.ModuleList([Attention(32, 4), Attention(32, 4)])
-
-    with pytest.raises(UnsupportedModelError, match="exchange its parts"):
-        headwise.swap(Block(), {0: Silence()})
-
-
 def test_a_copy_of_a_changed_model_is_told_apart():
     model = FAMILIES["llama"]("sdpa")
     given = inputs(model)

@@ -48,3 +48,10 @@ def test_a_view_serves_as_well_as_its_model() -> None:
 def test_an_empty_batch_size_is_refused() -> None:
     with pytest.raises(ValueError, match="batch_size=0"):
         read_examples(tiny.llama(), tiny.ids(4), batch_size=0)
+
+
+def test_labels_are_for_metrics_and_not_for_the_model() -> None:
+    ids = tiny.ids(6, batch=2)
+    (batch,) = read_examples(tiny.llama(), {"input_ids": ids, "labels": ids})
+    assert set(batch.inputs) == {"input_ids", "labels"}
+    assert set(batch.given) == {"input_ids"}

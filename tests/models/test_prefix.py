@@ -116,3 +116,12 @@ def test_a_model_that_remembers_more_than_layers_give_is_run_whole() -> None:
     prefix = Prefix(view(model), inputs_of(model))
     assert not prefix.reuses
     assert torch.allclose(prefix.run({Site("heads", 2): lambda v: v}), prefix.output, atol=1e-5)
+
+
+def test_labels_are_no_inputs_of_the_model() -> None:
+    """A model of our own takes none, and one of transformers would compute a loss with them."""
+    ids = tiny.ids(7, batch=2)
+    for make in (MODELS["own"], MODELS["llama"]):
+        model = make()
+        prefix = Prefix(view(model), {"input_ids": ids, "labels": ids})
+        assert torch.equal(prefix.output, answer(model, {"input_ids": ids}))

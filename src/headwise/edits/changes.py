@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from headwise.edits.change import Call, Change
+from headwise.edits.product import scaled
 from headwise.maps import And, Bias, Documents, Full, KeyMask, Padding, Pattern, Window
 from headwise.maps.per_head import pattern_of_heads
 from headwise.models.errors import UnsupportedModelError
@@ -182,8 +183,7 @@ class ScaleSink(Change):
 
     def before(self, call: Call) -> Call:
         tokens = call.places.keys(call.n_k, call.query.device)
-        more = torch.where((tokens >= 0) & (tokens < self.n), math.log(self.factor), 0.0)
-        return call.biased(more[:, None, None, :])
+        return scaled(call, (tokens >= 0) & (tokens < self.n), self.factor)
 
 
 @dataclass(frozen=True, eq=False)

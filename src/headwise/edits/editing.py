@@ -8,10 +8,11 @@ from torch import Tensor, nn
 
 from headwise.edits.change import Change
 from headwise.edits.groups import Changes, attend_changed
-from headwise.models import conformance, interface
+from headwise.models import built, conformance, interface
 from headwise.models.errors import UnobservedError
 from headwise.models.interface import Attended, Terms
 from headwise.models.structure import AttentionView, ModelView
+from headwise.parts import Attention
 
 Layered = dict[int, dict[int, tuple[Change, ...]]]
 """place of an attention in its module's run -> head -> changes"""
@@ -31,6 +32,8 @@ class Edited:
         self.run, self.calls = -1, 0
         self.checked = False
         self.handles: list[Any] = []
+        if isinstance(module, Attention):
+            module.editor = built.edited
         self._attach(view.owners.get(self.views[0].stack, view.model))
 
     def add(self, owner: object, layered: Layered) -> None:
@@ -42,6 +45,8 @@ class Edited:
     def close(self) -> None:
         for handle in self.handles:
             handle.remove()
+        if isinstance(self.module, Attention):
+            self.module.editor = None
 
     def changes(self) -> Changes:
         """Of the run that is going on: the changes of each head, outer swaps first."""

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from headwise.edits.change import Call, Change
+from headwise.edits.product import scaled, with_product
 from headwise.edits.token_sets import among_keys, among_queries, check_tokens
 from headwise.maps import AttentionMap, attend
 
@@ -45,8 +46,7 @@ class ScaleTokens(Change):
             )
 
     def before(self, call: Call) -> Call:
-        more = torch.where(among_keys(self.tokens, call), math.log(self.factor), 0.0)
-        return call.biased(more[:, None, None, :].to(call.query.dtype))
+        return scaled(call, among_keys(self.tokens, call), self.factor)
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,32 +134,6 @@ def moved_mass(call: Call, source: Tensor, to: Tensor, share: float, rows: Tenso
     gain = torch.log1p(share * on_source / on_to.clamp_min(1e-30))
     by_row = torch.stack([torch.full_like(gain, less), gain], -1) * moves[..., None]
     return with_product(call, by_row, torch.stack([source, to], -1))
-
-
-def with_product(call: Call, by_query: Tensor, by_key: Tensor) -> Call:
-    """The call with sum_m by_query[i, m] by_key[j, m] added to its scores.
-
-    by_query `(batch, heads, n_q, m)`, by_key `(batch or 1, heads or 1, n_k, m)`. Where a soft-cap
-    comes between products and scores, the sum is a tensor `(batch, heads, n_q, n_k)`.
-    """
-    batch, heads = call.query.shape[:2]
-    kv_heads = call.key.shape[1]
-    by_key = by_key.to(call.query.dtype).expand(batch, -1, -1, -1)
-    by_query = by_query.to(call.query.dtype)
-    if call.softcap is not None:
-        return call.biased(by_query @ by_key.transpose(-1, -2))
-    if by_key.shape[1] != 1 and kv_heads != heads:
-        # query heads that share their keys have coordinates of their own there
-        group, m = heads // kv_heads, by_key.shape[-1]
-        by_key = by_key.unflatten(1, (kv_heads, group)).permute(0, 1, 3, 2, 4).flatten(-2)
-        place = torch.eye(group, device=by_query.device, dtype=by_query.dtype).repeat(kv_heads, 1)
-        by_query = (place[None, :, None, :, None] * by_query[..., None, :]).flatten(-2)
-        assert by_query.shape[-1] == group * m
-    by_key = by_key.expand(-1, kv_heads, -1, -1)
-    return call.but(
-        query=torch.cat([call.query, by_query / call.scale], -1),
-        key=torch.cat([call.key, by_key], -1),
-    )
 
 
 def _mass(call: Call, keys: Tensor) -> Tensor:

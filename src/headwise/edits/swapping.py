@@ -107,11 +107,6 @@ class Swap:
                 raise UnsupportedModelError(
                     f"{attention.name} cannot be changed: {attention.observable}"
                 )
-            if getattr(attention.module, "watchers", None) is not None:
-                raise UnsupportedModelError(
-                    f"{attention.name} cannot be changed here: it is built of headwise.parts; "
-                    "exchange its parts instead"
-                )
             for change in changes:
                 change.check(attention, tuple(own))
             into = self._changes.setdefault(attention, {})

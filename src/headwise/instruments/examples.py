@@ -18,11 +18,16 @@ __all__ = ["Examples", "digests", "model_view", "read_examples"]
 
 @dataclass(frozen=True, eq=False)
 class Examples:
-    """Some examples of equal length. inputs: what the model is called with, on its device, every
-    tensor with these examples in front; rows: which examples of all they are."""
+    """Some examples of equal length. inputs: on the model's device, every tensor with these
+    examples in front, labels among them; rows: which examples of all they are."""
 
     inputs: dict[str, Tensor]
     rows: slice
+
+    @property
+    def given(self) -> dict[str, Tensor]:
+        """What the model is called with: the inputs without labels, which are for metrics."""
+        return {key: value for key, value in self.inputs.items() if key != "labels"}
 
     def __len__(self) -> int:
         return self.rows.stop - self.rows.start

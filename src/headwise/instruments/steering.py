@@ -112,9 +112,9 @@ def _measured(
     after: list[float] = []
     for batch in read_examples(look.model, inputs, **reading):
         own = metric.of(batch.rows)
-        plain = logits_of(look.model(**batch.inputs))
+        plain = logits_of(look.model(**batch.given))
         with changed:
-            other = logits_of(look.model(**batch.inputs))
+            other = logits_of(look.model(**batch.given))
         before += _numbers(own.score(plain, batch.inputs, plain))
         after += _numbers(own.score(other, batch.inputs, plain))
     return Measured(

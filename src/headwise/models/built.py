@@ -8,8 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
+from headwise.maps import Scores
+from headwise.models import interface
+from headwise.models.interface import Terms
+from headwise.models.places import Places
 from headwise.models.projections import Part, Projections
 from headwise.models.stacks import Place
 from headwise.models.structure import AttentionView
@@ -62,3 +66,32 @@ def watch(module: Attention, see: Callable[[Seen], None]) -> Callable[[], None]:
     """Hand every call to `see`; the answer ends that."""
     module.watchers.append(see)
     return lambda: module.watchers.remove(see)
+
+
+def edited(
+    module: Attention, scores: Scores, v: Tensor, keys: Tensor | None, numbers: tuple[int, int]
+) -> tuple[Tensor, Scores, Tensor] | None:
+    """What who edits this module makes of a call; None where nobody does. See `Attention.editor`.
+
+    Raises ValueError for an attention that drops out weights.
+    """
+    editor = interface.EDITORS.get(id(module))  # None for a copy of a model that is edited
+    if editor is None or not editor.active(module):
+        return None
+    if module.training and module.dropout:
+        raise ValueError(
+            f"{type(module).__name__} drops out attention weights (it is in training mode), so "
+            "its map changes from call to call: call model.eval() first"
+        )
+    first = None
+    if keys is not None and not module.cross:
+        # what lies in front of the first real token is padding
+        leading = keys.int().argmax(1)
+        first = leading if bool(leading.any()) else None
+    places = Places(*numbers, first)
+    s = scores
+    terms = Terms(s.pattern, s.scale, s.bias, s.sinks, s.softcap, keys, places)
+    done = editor.attend(s.q, s.k, v, terms, bool(module.watchers))
+    t = done.terms
+    made = Scores.of(done.query, done.key, t.pattern, t.scale, t.bias, t.sinks, t.softcap)
+    return done.out, made, done.value

@@ -31,7 +31,8 @@ class Prefix:
         prefix = Prefix(view(model), inputs)
         changed = prefix.run({Site("heads", 3): silence}, copies=8)
 
-    `inputs`: what the model is called with, tensors with samples in front. `output`: the model's
+    `inputs`: what the model is called with, tensors with samples in front; `labels`, with which a
+    model would compute a loss of its own, are left out. `output`: the model's
     answer on them, `(batch, ...)`: logits, or whatever it gives first. `reuses`: whether runs
     start late; False where layers run several times in a pass (ALBERT), where a stack's wiring
     passes on more than the residual, or where a trial from the last layer on gave something else
@@ -42,7 +43,7 @@ class Prefix:
 
     def __init__(self, view: ModelView, inputs: Mapping[str, Any], reuse: bool = True) -> None:
         self.view = view
-        self.inputs = dict(inputs)
+        self.inputs = {key: value for key, value in inputs.items() if key != "labels"}
         known = inspect.signature(view.model.forward).parameters
         if "use_cache" in known:
             self.inputs.setdefault("use_cache", False)

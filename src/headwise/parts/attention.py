@@ -49,6 +49,14 @@ class Seen:
     exact: str | None
 
 
+Edit = Callable[
+    ["Attention", Scores, Tensor, Tensor | None, tuple[int, int]],
+    tuple[Tensor, Scores, Tensor] | None,
+]
+"""(attention, scores, values, which keys are real, token numbers of the first query and the first
+key) -> the outputs instead, and the scores and values that they come from; None to leave it."""
+
+
 class Attention(Mixer):
     """Attention put together from parts, each exchangeable, each with a default.
 
@@ -123,6 +131,7 @@ class Attention(Mixer):
             part.check(self)
         planner.check(self)
         self.watchers: list[Callable[[Seen], None]] = []
+        self.editor: Edit | None = None
 
     def parts(self) -> list[Project | Position | Score | Choice | Normalize | Mix | Output | Merge]:
         """All parts in the order of their work."""
@@ -147,7 +156,13 @@ class Attention(Mixer):
         if state is not None:
             state.seen += x.shape[1]
         scores, v = self._scores(q, k, v, keys, given)
-        out = kernels.attend(self, scores, v)
+        edited = None
+        if self.editor is not None:
+            edited = self.editor(self, scores, v, keys, self._numbers(x, k, state))
+        if edited is None:
+            out = kernels.attend(self, scores, v)
+        else:
+            out, scores, v = edited
         if self.watchers:
             seen = Seen(scores, v, out, keys, planner.hidden_map(self))
             for watcher in self.watchers:
@@ -161,6 +176,11 @@ class Attention(Mixer):
             out = part(out, given)
         merged: Tensor = self.merge(out)
         return merged
+
+    def _numbers(self, x: Tensor, k: Tensor, state: State | None) -> tuple[int, int]:
+        """Token numbers of the first query and the first key of a call, padding counted."""
+        seen = x.shape[1] if state is None else state.seen
+        return seen - x.shape[1], 0 if self.cross else seen - k.shape[2]
 
     def _given(
         self,
