@@ -15,6 +15,7 @@ from headwise.cli.options import (
     positive,
 )
 from headwise.cli.papers_options import add_papers_commands
+from headwise.cli.patch_options import add_patch_options
 from headwise.cli.train_options import add_train_options
 
 
@@ -60,6 +61,14 @@ def build_parser() -> Parser:
         "write a fact into a model's weights as a patch file, or apply such patches and ask",
     )
     add_edit_options(edit)
+
+    patch = _command(
+        commands,
+        "patch",
+        "headwise.cli.patch:run",
+        "put what one prompt's run computed into another's, and see what brings the answer along",
+    )
+    add_patch_options(patch)
 
     train = _command(
         commands,

@@ -47,7 +47,7 @@ def circuit_picture(circuit: Circuit, title: str = "Circuit") -> str:
     lane = _BOX + _GAP if any(n.kind == "mlp" for n in circuit.nodes) else 0
     width = max(420.0, _LEFT + count * (_BOX + _GAP) + lane + 24)
     width = max(width, 24 + 7.5 * len(title))
-    height = _TOP + len(rows) * _ROW + 34
+    height = _TOP + (len(rows) - 1) * _ROW + _TALL + 56
     places: dict[Node, _Place] = {}
     for number, row in enumerate(rows):
         step = (width - lane - _LEFT - 24) / len(row)
@@ -57,7 +57,7 @@ def circuit_picture(circuit: Circuit, title: str = "Circuit") -> str:
             x = width - 24 - _BOX / 2 if node.kind == "mlp" else _LEFT + step * (i + 0.5)
             places[node] = _Place(x, y)
     strongest = max(abs(edge.weight) for edge in circuit.edges)
-    edges = [_drawn(circuit, edge, places, strongest) for edge in reversed(circuit.edges)]
+    edges = [_drawn(circuit, edge, places, strongest, width) for edge in reversed(circuit.edges)]
     parts = [piece for pieces in edges for piece in pieces[0]]
     for number, row in enumerate(rows):
         y = _TOP + (len(rows) - 1 - number) * _ROW + _TALL / 2 + 4
@@ -102,14 +102,14 @@ def _pull(circuit: Circuit, node: Node, at: dict[Node, float]) -> float:
 
 
 def _drawn(
-    circuit: Circuit, edge: Edge, places: dict[Node, _Place], strongest: float
+    circuit: Circuit, edge: Edge, places: dict[Node, _Place], strongest: float, width: float
 ) -> tuple[list[str], list[str]]:
     """The edge's curves and its numbers; one for each head that uses what it changes."""
     wide = 1 + 9 * abs(edge.weight) / strongest
     kind = "edge against" if edge.weight < 0 else "edge"
     curves, numbers = [], []
     for to in circuit.receiving(edge):
-        points = _route(edge, to, places)
+        points = _route(edge, to, places, width)
         (x0, y0), (x1, y1), (x2, y2), (x3, y3) = points
         path = f"M{x0:.1f} {y0:.1f}C{x1:.1f} {y1:.1f} {x2:.1f} {y2:.1f} {x3:.1f} {y3:.1f}"
         curves.append(
@@ -126,7 +126,7 @@ def _drawn(
 _Points = tuple[tuple[float, float], ...]
 
 
-def _route(edge: Edge, to: Node, places: dict[Node, _Place]) -> _Points:
+def _route(edge: Edge, to: Node, places: dict[Node, _Place], width: float) -> _Points:
     """A curve from the top of the sender to the receiver's port that keeps off other boxes."""
     start, end = places[edge.sender], places[to]
     port = _PORTS.get(edge.receiver.kind)
@@ -142,7 +142,7 @@ def _route(edge: Edge, to: Node, places: dict[Node, _Place]) -> _Points:
             abs(x - o.x) < _BOX / 2 + 5 and abs(y - o.y) < _TALL / 2 + 5
             for x, y in passed
             for o in others
-        )
+        ) + sum(not _LEFT - 20 < x < width - 8 for x, _ in passed)
         if not hits:
             return points
         tried.append((hits, points))
