@@ -1,0 +1,1 @@
+"""Reading what trained models do, and why."""
