@@ -51,7 +51,8 @@ def token_matching(
     head_dim products through the tables' Gram matrix; about 2 (heads head_dim)^2 width operations.
 
     Left out: what other layers add to the residual (in models with norms it makes these logits
-    smaller), positions (rotary: the score at offset 0), biases. Raises ValueError where a stack
+    smaller; where earlier heads turn what the query says of its token around, an induction circuit
+    has a large negative number), positions (rotary: the score at offset 0), biases. Raises ValueError where a stack
     must be said, UnsupportedModelError where there are no tokens, weights or gains.
     """
     view = model_view(model)

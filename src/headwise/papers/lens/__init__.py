@@ -1,1 +1,1 @@
-"""Reading what trained models do, and why."""
+"""Lenses: what is inside of a model, layer by layer, read by probes or in its vocabulary."""
