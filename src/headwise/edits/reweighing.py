@@ -127,7 +127,7 @@ def moved_mass(call: Call, source: Tensor, to: Tensor, share: float, rows: Tenso
     source, to: `(batch or 1, heads or 1, n_k)` booleans without a key in common; rows:
     `(batch or 1, 1, n_q)`, which rows are changed.
     """
-    on_source, on_to = _mass(call, source), _mass(call, to)
+    on_source, on_to = mass_on(call, source), mass_on(call, to)
     moves = (on_source > 0) & (on_to > 0)
     moves = moves if rows is None else moves & rows
     less = NOTHING if share == 1 else max(math.log1p(-share), NOTHING)
@@ -136,7 +136,7 @@ def moved_mass(call: Call, source: Tensor, to: Tensor, share: float, rows: Tenso
     return with_product(call, by_row, torch.stack([source, to], -1))
 
 
-def _mass(call: Call, keys: Tensor) -> Tensor:
+def mass_on(call: Call, keys: Tensor) -> Tensor:
     """Mass of each row on `keys` `(batch or 1, heads or 1, n_k)` -> `(batch, heads, n_q)`."""
     batch, heads = call.query.shape[:2]
     kv_heads = call.key.shape[1]
