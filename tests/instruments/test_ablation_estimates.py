@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from headwise.instruments.ablations import ablation
-from headwise.instruments.effect_gradients import rank_correlation
+from headwise.instruments.effect_ranks import rank_correlation
 from headwise.instruments.joint_ablation import ablate_together
 from tests.instruments import slow_ablation as slow
 from tests.instruments import tiny

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from headwise import __version__
+from headwise.cli.cause_options import add_cause_options
 from headwise.cli.edit_options import add_edit_options
 from headwise.cli.options import (
     add_explain_options,
@@ -45,6 +46,14 @@ def build_parser() -> Parser:
         "measure every head of a model on a text; writes an atlas and a report",
     )
     add_see_options(see)
+
+    cause = _command(
+        commands,
+        "cause",
+        "headwise.cli.cause:run",
+        "take every head out, one at a time, and write what that does into an atlas",
+    )
+    add_cause_options(cause)
 
     swap = _command(
         commands,

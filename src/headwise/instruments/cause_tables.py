@@ -9,7 +9,8 @@ import numpy as np
 
 from headwise.instruments.ablated_parts import Part
 from headwise.instruments.atlas import Atlas
-from headwise.instruments.effect_gradients import ESTIMATES, rank_correlation
+from headwise.instruments.effect_gradients import ESTIMATES
+from headwise.instruments.effect_ranks import rank_correlation
 from headwise.instruments.partial import Result
 from headwise.models import ModelView
 

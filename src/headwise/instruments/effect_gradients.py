@@ -25,7 +25,7 @@ from headwise.instruments.part_effects import Measurement
 from headwise.models import Site
 from headwise.models.sites import Write
 
-__all__ = ["ESTIMATES", "check_estimate", "estimated", "rank_correlation"]
+__all__ = ["ESTIMATES", "check_estimate", "estimated"]
 
 ESTIMATES = ("gradient", "integrated")
 
@@ -115,19 +115,3 @@ def _slopes(
         site: slope.unflatten(0, (copies, clean.batch)).mean(0)
         for site, slope in zip(sites, found, strict=True)
     }
-
-
-def rank_correlation(a: np.ndarray, b: np.ndarray) -> float:
-    """Spearman's: of the ranks, equal numbers sharing theirs; NaN is left out. NaN where one of
-    them does not vary."""
-    known = ~(np.isnan(a) | np.isnan(b))
-    ranks = [_ranks(values[known]) for values in (a, b)]
-    if known.sum() < 2 or any(r.std() == 0 for r in ranks):
-        return float("nan")
-    return float(np.corrcoef(ranks[0], ranks[1])[0, 1])
-
-
-def _ranks(values: np.ndarray) -> np.ndarray:
-    _, place, count = np.unique(values, return_inverse=True, return_counts=True)
-    last = np.cumsum(count)
-    return np.asarray((last - (count - 1) / 2)[place], dtype=np.float64)
