@@ -59,6 +59,7 @@ def edit_facts(
     essence: Any = "{} is a",
     search: ValueSearch | None = None,
     weight: float | None = None,
+    root: bool = True,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Patch:
@@ -73,8 +74,10 @@ def edit_facts(
     the model writes itself, 5 by default with a tokenizer; none without one.
     essence: a text with {} for the subject whose next token shall not change, or ids with the
     subject's place as `(ids, place)`, or None; without a tokenizer it is left out unless given.
-    weight: for PMET, how much usual keys count against the new ones; by default 0.05 per neuron.
-    (The authors take 6000 for 16384 neurons, 0.37 per neuron, with six layers.)
+    weight: for PMET, how much usual keys count against the new ones; by default 0.4 per neuron,
+    about what the authors take (6000 for 16384 neurons, with six layers).
+    root: for PMET, whether a layer takes one over the square root of the layers that are left, or,
+    as in MEMIT, one over their number.
     progress: called with (done, total, what).
 
     Raises ValueError for a model that does not look back only, for layers that are not there, for
@@ -102,8 +105,11 @@ def edit_facts(
             lines = [wording]
             lines += [read_wording(fact.prompt, fact.subject, tokenizer, one) for one in before]
             tasks.append((lines, target, _essence(essence, fact, tokenizer)))
-        write = _rome if method == "rome" else _pmet
-        found, deltas = write(look, chosen, tasks, known, how, weight, progress)
+        if method == "rome":
+            found, deltas = _rome(look, chosen[0], tasks, known, how, progress)
+        else:
+            shares = pmet.shares(len(chosen), root)
+            found, deltas = _pmet(look, chosen, tasks, known, how, weight, shares, progress)
     record = {
         "method": method,
         "request": [fact.told() for fact in facts],
@@ -115,6 +121,7 @@ def edit_facts(
                      for one in before],
         "search": asdict(how),
         "weight": weight if method == "pmet" else None,
+        "root": root if method == "pmet" else None,
         "seed": seed,
         "values": [one.told() for one in found],
     }  # fmt: skip
@@ -127,15 +134,13 @@ Found = tuple[list[TargetValue], dict[str, Delta]]
 
 def _rome(
     look: ModelView,
-    layers: list[LayerView],
+    layer: LayerView,
     tasks: list[Task],
     known: KeyStatistics | None,
     how: ValueSearch,
-    weight: float | None,
     progress: Progress | None,
 ) -> Found:
     """One fact after the other, each on the model as the earlier ones left it."""
-    (layer,) = layers
     module, name = down_projection(layer), _weight_name(look, layer)
     found: list[TargetValue] = []
     outs: list[Tensor] = []
@@ -159,6 +164,7 @@ def _pmet(
     known: KeyStatistics | None,
     how: ValueSearch,
     weight: float | None,
+    shares: list[float],
     progress: Progress | None,
 ) -> Found:
     last = layers[-1]
@@ -168,13 +174,13 @@ def _pmet(
     ]
     wanted = torch.stack([value.wanted for value in found], 1)
     deltas: dict[str, Delta] = {}
-    for layer, share in zip(layers, pmet.shares(len(layers)), strict=True):
+    for layer, share in zip(layers, shares, strict=True):
         with Patch(deltas, model=look.model):
             keys = torch.stack([_mean_key(look, layer, task) for task in tasks], 1)
             now = torch.stack([_mean_output(look, last, task) for task in tasks], 1)
         hidden = len(keys)
         moment = known.moment(layer.index) if known else torch.eye(hidden, dtype=torch.float64)
-        heavy = 0.05 * hidden if weight is None else weight
+        heavy = 0.4 * hidden if weight is None else weight
         if known:
             moment = moment + known.ridge(layer.index) * torch.eye(hidden, dtype=torch.float64)
         out, into = pmet.ridge_update((wanted - now) / share, keys, moment, heavy)
