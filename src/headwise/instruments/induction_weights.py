@@ -52,8 +52,10 @@ def token_matching(
 
     Left out: what other layers add to the residual (in models with norms it makes these logits
     smaller; where earlier heads turn what the query says of its token around, an induction circuit
-    has a large negative number), positions (rotary: the score at offset 0), biases. Raises ValueError where a stack
-    must be said, UnsupportedModelError where there are no tokens, weights or gains.
+    has a large negative number), positions (rotary: the score at offset 0), biases.
+
+    Raises ValueError where a stack must be said, UnsupportedModelError where there are no tokens,
+    weights or gains.
     """
     view = model_view(model)
     stack = stack or output_stack(view)

@@ -119,8 +119,8 @@ def channels(
 
 
 def planted(seed: int) -> Decoder:
-    """Two layers of ten random heads of 16; one direction, weaker than the column that it
-    replaces, goes from head 3 of the first to the keys of head 7 of the second."""
+    """Two layers of ten random heads of 16. One direction goes from head 3 of the first to the keys
+    of head 7 of the second, half as strong as what else the head writes, and apart from it."""
     with seeded(seed):
         model = Decoder(
             8, 160, 2, mixer=lambda layer: Attention(160, 10, causal=True), norm=nn.Identity
@@ -128,9 +128,14 @@ def planted(seed: int) -> Decoder:
         direction = nn.functional.normalize(torch.randn(160), dim=0)
     first, second = model_view(model).attentions
     with torch.no_grad():
-        out, key = first.output_weight()[3], second.key_weight()[7]
-        out[:, 5] = 0.8 * direction * out[:, 5].norm()
-        key[2] = 0.8 * direction * key[2].norm()
+        out, value = first.output_weight()[3], first.value_weight()[3]
+        size, read = out.norm(dim=0).mean(), nn.functional.normalize(value[5], dim=0)
+        value -= torch.outer(value @ read, read)
+        value[5] = read * value[4].norm()
+        out -= torch.outer(direction, direction @ out)
+        out[:, 5] = 0.5 * size * direction
+        key = second.key_weight()[7]
+        key[2] = direction * key[2].norm()
     return model
 
 
