@@ -210,8 +210,8 @@ def the_styled_heads_are_found(choose: Callable[..., Heads], seed: int) -> Measu
 
 @claim(control=whole_layer, unit="gain of the objective", seeds=SEEDS)
 def few_heads_guide_better_than_the_layer(choose: Callable[..., Heads], seed: int) -> Measured:
-    """On other noise than they were chosen on, guidance by the chosen heads scores at least 0.1 more
-    than guidance by the whole layer, which loses detail."""
+    """On other noise than they were chosen on, the chosen heads guide to a score at least 0.1 above
+    the whole layer's, which loses detail."""
     heads = choose(range(HEADS), objective(planted(), seed))
     score = objective(planted(), 100 + seed)
     layer = score(tuple(range(HEADS)))
