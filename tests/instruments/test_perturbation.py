@@ -139,13 +139,13 @@ def test_areas_and_gains() -> None:
     other = Curves("insertion", "", shares, curves, random)
     assert other.gain("good").mean == pytest.approx(-0.225)
     assert str(found.gain("good")) == "+0.225 ± 0.025"
-    with pytest.raises(LookupError, match="no order 'bad'; there are good, random"):
+    with pytest.raises(LookupError, match="no order 'bad'; there are good, random orders"):
         found.area("bad")
     picture = deletion_picture(found)
     assert "share of positions deleted" in picture
     assert "+0.225 ± 0.025" in picture
     pytest.importorskip("pandas")
-    assert found.frame().order.tolist() == ["good", "random"]
+    assert found.frame().order.tolist() == ["good", "random orders"]
 
 
 def test_a_head_that_copies_one_token_is_found_by_every_order_that_knows_it() -> None:

@@ -11,7 +11,10 @@ import numpy as np
 if TYPE_CHECKING:
     import pandas
 
-__all__ = ["Curves", "Gain"]
+__all__ = ["RANDOM", "Curves", "Gain"]
+
+RANDOM = "random orders"
+"""What the mean over random orders is called among the curves."""
 
 
 class Gain(NamedTuple):
@@ -40,12 +43,12 @@ class Curves:
     random: np.ndarray
 
     def area(self, name: str) -> np.ndarray:
-        """The area under an example's curve `(examples,)`: its mean score. "random" is one too."""
-        curve = self.random if name == "random" else self._curve(name)
+        """The area under an example's curve `(examples,)`: its mean score. RANDOM is one too."""
+        curve = self.random if name == RANDOM else self._curve(name)
         middle = (curve[:, 1:] + curve[:, :-1]) / 2
         return np.asarray((middle * np.diff(self.shares)).sum(1))
 
-    def gain(self, name: str, over: str = "random") -> Gain:
+    def gain(self, name: str, over: str = RANDOM) -> Gain:
         """How much better an order is than another, in area; above 0 is better, for deletion
         (where a smaller area is) as for insertion. The error is over examples, paired."""
         gains = self.area(name) - self.area(over)
@@ -66,15 +69,15 @@ class Curves:
                 "Curves.frame() needs pandas, which is not installed: pip install 'headwise[frame]'"
             ) from error
         rows = [(name, self.area(name).mean(), *self.gain(name)) for name in self.curves]
-        rows.append(("random", self.area("random").mean(), 0.0, 0.0))
+        rows.append((RANDOM, self.area(RANDOM).mean(), 0.0, 0.0))
         return pandas.DataFrame(rows, columns=["order", "area", "gain", "error"])
 
     def lines(self) -> dict[str, tuple[list[float], list[float]]]:
         """Mean curves by name, as (shares, scores): what a figure shows."""
-        every = {**self.curves, "random": self.random}
+        every = {**self.curves, RANDOM: self.random}
         return {name: (self.shares.tolist(), c.mean(0).tolist()) for name, c in every.items()}
 
     def _curve(self, name: str) -> np.ndarray:
         if name not in self.curves:
-            raise LookupError(f"no order {name!r}; there are {', '.join(self.curves)}, random")
+            raise LookupError(f"no order {name!r}; there are {', '.join(self.curves)}, {RANDOM}")
         return self.curves[name]

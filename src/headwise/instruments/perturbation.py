@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from headwise.instruments.attribution import Attribution
-from headwise.instruments.curves import Curves
+from headwise.instruments.curves import RANDOM, Curves
 from headwise.instruments.examples import Examples, model_view, read_examples
 from headwise.instruments.hiding import hidden
 from headwise.instruments.input_places import InputPlace, scored
@@ -78,12 +78,15 @@ def perturb(
     batches = read_examples(view.model, inputs, tokenizer, processor, tokens, None, rows)
     asked = read_target(target, batches[-1].rows.stop)
     for name, one in given.items():
+        if name == RANDOM:
+            raise ValueError(f"{name!r} is what the mean over random orders is called; rename it")
         if len(one) != batches[-1].rows.stop:
             raise ValueError(
                 f"{name} scores {len(one)} examples, the inputs are {batches[-1].rows.stop}"
             )
     random = torch.Generator().manual_seed(seed)
     found: dict[str, list[Tensor]] = {}
+    drawn: list[Tensor] = []
     with evaluating(view.model):
         for batch in batches:
             metric = asked.of(view, batch.inputs, batch.rows)
@@ -91,9 +94,10 @@ def perturb(
                 metric = ProbabilityOf(metric.ids, metric.at)
             run = _Perturbed(view, batch, metric, instead, InputPlace(view, batch.inputs, at, of))
             stays = run.stays(spare)
-            wanted = {
-                f"random {n}": torch.rand(stays.shape, generator=random) for n in range(orders)
-            }
+            draws = [torch.rand(stays.shape, generator=random) for _ in range(orders)]
+            curves = [run.curve(_removed(one, stays, steps), mode, rows) for one in draws]
+            drawn.append(torch.stack(curves).mean(0))
+            wanted: dict[str, Tensor] = {}
             for name, one in given.items():
                 held = _held(name, one, batch, stays)
                 wanted |= {name: held, f"{name}, reversed": -held}
@@ -101,11 +105,10 @@ def perturb(
                 curve = run.curve(_removed(held, stays, steps), mode, rows)
                 found.setdefault(name, []).append(curve)
     whole = {name: np.asarray(torch.cat(curves, 0)) for name, curves in found.items()}
-    drawn = np.stack([whole.pop(f"random {n}") for n in range(orders)]).mean(0)
     words = asked.words
     if words.startswith("the logit of what") or isinstance(asked.metric, LogitOf):
         words = words.replace("logit", "probability")
-    return Curves(mode, words, np.linspace(0, 1, steps + 1), whole, drawn)
+    return Curves(mode, words, np.linspace(0, 1, steps + 1), whole, np.asarray(torch.cat(drawn)))
 
 
 class _Perturbed:
