@@ -181,7 +181,7 @@ def test_detail_is_given_up_for_size_and_the_page_says_so(
 ) -> None:
     atlas = decoder(12, 8)
     sizes = []
-    for limit in (5_000_000, 300_000, 240_000, 170_000):
+    for limit in (5_000_000, 300_000, 240_000, 180_000):
         monkeypatch.setattr(page_file, "LARGEST", limit)
         path = write(atlas, tmp_path / "r.html")
         assert path.stat().st_size < limit

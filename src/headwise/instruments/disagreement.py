@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,6 +41,7 @@ class Disagreement:
         score = _places(atlas.heads[self.column])
         effect = _places(np.abs(atlas.heads["effect"]))
         metric = (atlas.provenance.get("cause") or {}).get("metric", "metric")
+        metric = {"kl": "divergence"}.get(metric, metric)
         said = []
         for row in self.over[:most]:
             said.append(
@@ -112,5 +114,8 @@ def _places(values: np.ndarray) -> list[int]:
 
 def _effect(atlas: Atlas, row: int) -> str:
     error = float(atlas.spread.get("effect", np.full(len(atlas), np.nan))[row])
-    more = "" if np.isnan(error) else f" ± {error:.1g}"
-    return f"{atlas.heads['effect'][row]:+.3g}{more}"
+    value = float(atlas.heads["effect"][row])
+    if np.isnan(error) or error <= 0:
+        return f"{value:+.2g}"
+    digits = max(0, 1 - math.floor(math.log10(error)))  # two of the error's
+    return f"{value:+.{digits}f} ± {error:.{digits}f}"

@@ -24,12 +24,16 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "same_token", "retrieval_score",
     ),
     "Effect": ("residual_share", "ov_copying", "qk_matching", "output_norm"),
+    "Cause": ("effect", "effect_gradient", "effect_integrated"),
     "Likeness": ("similarity", "similarity_rest"),
 }  # fmt: skip
 OTHER = "Other"
 
 _LABELS = {
     "ov_copying": "OV copying",
+    "effect": "effect of taking it out",
+    "effect_gradient": "effect, by gradient",
+    "effect_integrated": "effect, integrated gradient",
     "qk_matching": "QK matching",
     "local_8": "within 8 tokens",
     "local_64": "within 64 tokens",

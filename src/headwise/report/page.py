@@ -28,7 +28,7 @@ _STYLES = ("page.css", "figures.css", "card.css", "paper.css")
 _SCRIPTS = (
     "base.js", "colour.js", "scale.js", "state.js", "hint.js", "top.js", "legend.js", "thumbs.js",
     "map.js", "tile.js", "card.js", "depth.js", "changes.js", "unused.js", "scatter.js",
-    "alike.js", "table.js", "source.js", "start.js",
+    "cause.js", "alike.js", "table.js", "source.js", "start.js",
 )  # fmt: skip
 
 # What is given up, one after the other, until a page is small enough.

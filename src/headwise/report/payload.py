@@ -9,6 +9,7 @@ import numpy as np
 
 from headwise.instruments.atlas import Atlas, Column
 from headwise.instruments.kinds import THRESHOLDS
+from headwise.report.causes import causes
 from headwise.report.naming import GROUPS, OTHER, group, label, rules
 from headwise.report.pieces import alike, neighbours, tiles
 from headwise.report.sentence import facts, sentences
@@ -43,6 +44,7 @@ def payload(atlas: Atlas, detail: Detail, title: str | None = None) -> dict[str,
         "notes": [],
         "metric": "kind",
         "changes": None,
+        "cause": causes(atlas),
         "facts": facts(atlas),
         "heads": _heads(atlas),
         "panels": _panels(atlas),
@@ -99,6 +101,8 @@ def _columns(atlas: Atlas, detail: Detail) -> list[dict[str, Any]]:
         column = atlas.columns.get(name) or Column(name, "", "")
         if name in _IDENTITY or column.unit == "index" or values.dtype.kind not in "fiub":
             continue
+        if _is_error(name, atlas.heads):
+            continue
         entry = _column(name, column, values, detail.digits) | {"group": group(column)}
         if detail.spread and name in atlas.spread:
             entry["spread"] = numbers(atlas.spread[name], 3)
@@ -124,9 +128,16 @@ def _layers(atlas: Atlas, detail: Detail) -> dict[str, Any]:
         "columns": [
             _column(name, atlas.columns.get(name) or Column(name, "", ""), values, detail.digits)
             for name, values in table.items()
-            if name not in _IDENTITY and values.dtype.kind in "fiub"
+            if name not in _IDENTITY
+            and values.dtype.kind in "fiub"
+            and not _is_error(name, table)
         ],
     }
+
+
+def _is_error(name: str, table: dict[str, np.ndarray]) -> bool:
+    """Whether this is the standard error of another column, which is no figure of its own."""
+    return name.endswith("_se") and name.removesuffix("_se") in table
 
 
 def _column(name: str, column: Column, values: np.ndarray, digits: int) -> dict[str, Any]:

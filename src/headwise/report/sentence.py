@@ -6,6 +6,7 @@ import numpy as np
 
 from headwise.instruments.atlas import Atlas
 from headwise.instruments.kinds import THRESHOLDS
+from headwise.report.causes import cause_sentence
 from headwise.report.naming import DOING
 
 __all__ = ["facts", "sentences"]
@@ -20,6 +21,7 @@ def sentences(atlas: Atlas) -> list[str]:
             name = atlas.name(best[0]["row"])
             words.append(f"The strongest {what} head is {name}, at {best[0][column]:.2f}.")
             break
+    words.append(cause_sentence(atlas))
     return [sentence for sentence in words if sentence]
 
 

@@ -54,6 +54,26 @@ function scaleFor(column, wanted = "auto", forColour = false) {
   return { at, ticks: linearTicks(low, low + span, at), mode, both: false };
 }
 
+// For effects, a few of which are far larger than all others: linear around zero, logarithmic
+// beyond the median size, on both sides.
+function signedScale(column) {
+  const values = sortedValues(column);
+  const sizes = values.map(Math.abs).sort((a, b) => a - b);
+  const most = sizes.at(-1) || 1;
+  const bend = quantile(sizes, 0.5) || most;
+  if (most / bend < 8) return scaleFor(column);
+  const bent = (value) => Math.asinh(value / bend);
+  const [low, high] = [Math.min(0, bent(values[0])), Math.max(0, bent(values.at(-1)))];
+  const at = (value) => (bent(value) - low) / (high - low);
+  const ticks = [{ at: at(0), text: "0" }];
+  for (let p = Math.floor(Math.log10(most)); 10 ** p > bend; p -= 1) {
+    for (const value of [-(10 ** p), 10 ** p]) {
+      if (value >= values[0] && value <= values.at(-1)) ticks.push({ at: at(value), text: tickText(value) });
+    }
+  }
+  return { at, ticks, mode: "signed log", both: false };
+}
+
 function linearTicks(low, high, at, wanted = 5) {
   const rough = (high - low) / wanted;
   const power = 10 ** Math.floor(Math.log10(rough));

@@ -1,6 +1,8 @@
 // Any number against any other, a point a head.
-const pointNodes = new Map();
-let pointCursor = 0;
+// A plot's points, and which of them the arrow keys are at; the open head is marked in every plot.
+const boardOf = () => ({ nodes: new Map(), cursor: 0 });
+const related = boardOf();
+const boards = [related];
 
 function scatterPair() {
   const names = MEASURED.map((column) => column.name);
@@ -27,7 +29,7 @@ function drawScatter() {
   fill(box, el("h3", {}, "Two numbers of every head"),
     el("div", { class: "controls" }, el("label", { class: "field" }, "Across", choose("x", cx)),
       el("label", { class: "field" }, "Up", choose("y", cy))), plot, words);
-  const draw = () => { fill(plot, scatterDrawing(cx, cy, plot.clientWidth || 520)); markPoints(); };
+  const draw = () => { fill(plot, scatterDrawing(related, cx, cy, plot.clientWidth || 520)); markPoints(); };
   draw();
   const rows = ROWS.filter((row) => cx.values[row] !== null && cy.values[row] !== null);
   const rho = rankCorrelation(rows.map((r) => cx.values[r]), rows.map((r) => cy.values[r]));
@@ -35,10 +37,11 @@ function drawScatter() {
     `Rank correlation ${rho.toFixed(2)} over ${plural(rows.length, "head")} (Spearman).`;
 }
 
-function scatterDrawing(cx, cy, wide) {
+// under(x, y, rows, right), over(x, y, rows, size): what stands behind the points, and before them.
+function scatterDrawing(board, cx, cy, wide, { sy = scaleFor(cy), under = () => [], over = () => [] } = {}) {
   const high = Math.round(Math.min(440, Math.max(300, wide * 0.75)));
   const [left, right, top, bottom] = [50, 12, 10, 40];
-  const [sx, sy] = [scaleFor(cx), scaleFor(cy)];
+  const sx = scaleFor(cx);
   const x = (t) => left + 8 + t * (wide - left - right - 16);
   const y = (t) => high - bottom - 8 - t * (high - top - bottom - 16);
   const parts = [];
@@ -51,35 +54,37 @@ function scatterDrawing(cx, cy, wide) {
       svg("text", { x: left - 6, y: y(tick.at) + 4, "text-anchor": "end" }, tick.text));
   }
   const title = (column, scale) => `${column.label}${unitText(column.unit) ? `, ${unitText(column.unit)}` : ""}` +
-    `${scale.mode === "log" ? ", log scale" : ""}`;
+    `${scale.mode.includes("log") ? `, ${scale.mode} scale` : ""}`;
   parts.push(svg("text", { x: wide - right, y: high - 6, "text-anchor": "end", class: "strong" }, title(cx, sx)),
     svg("text", { x: 12, y: top, "text-anchor": "end", class: "strong", transform: `rotate(-90 12 ${top})` },
       title(cy, sy)));
-  pointNodes.clear();
+  board.nodes.clear();
   const rows = ROWS.filter((row) => cx.values[row] !== null && cy.values[row] !== null)
     .sort((a, b) => cx.values[a] - cx.values[b] || cy.values[a] - cy.values[b]);
-  if (rows.length && !rows.includes(pointCursor)) pointCursor = rows[0];
+  if (rows.length && !rows.includes(board.cursor)) board.cursor = rows[0];
+  const px = (row) => x(sx.at(cx.values[row]));
+  const py = (value) => y(sy.at(value));
   const size = rows.length > 500 ? 9 : rows.length > 120 ? 11.5 : 14;
   const points = rows.map((row, i) => {
     const node = svg("g", { class: `point ${kindClass(kindOf(row))}`, role: "button",
-      tabindex: row === pointCursor ? 0 : -1, transform:
-        `translate(${(x(sx.at(cx.values[row])) - size / 2).toFixed(1)} ${(y(sy.at(cy.values[row])) - size / 2).toFixed(1)})`,
+      tabindex: row === board.cursor ? 0 : -1, transform:
+        `translate(${(px(row) - size / 2).toFixed(1)} ${(py(cy.values[row]) - size / 2).toFixed(1)})`,
       "aria-label": `${longName(row)}: ${cx.label} ${number(cx.values[row])}, ${cy.label} ${number(cy.values[row])}`,
       onclick: () => { hideHint(); openHead(row); },
       onmouseenter: () => showHint(node, ...headLines(row, [cx, cy])), onmouseleave: hideHint,
       onfocus: () => { if (node.matches(":focus-visible")) showHint(node, ...headLines(row, [cx, cy])); },
       onblur: hideHint,
-      onkeydown: (event) => pointKey(event, rows, i) },
+      onkeydown: (event) => pointKey(event, board, rows, i) },
     svg("path", { d: shapeOf(kindOf(row)), transform: `scale(${size / 16})`, "vector-effect": "non-scaling-stroke" }));
-    pointNodes.set(row, node);
+    board.nodes.set(row, node);
     return node;
   });
   return svg("svg", { width: wide, height: high, viewBox: `0 0 ${wide} ${high}`, role: "group",
     "aria-label": `${rows.length} heads by ${cx.label} and ${cy.label}; arrow keys go from left to right` },
-  parts, points);
+  parts, under(px, py, rows, wide - right), points, over(px, py, rows, size));
 }
 
-function pointKey(event, rows, i) {
+function pointKey(event, board, rows, i) {
   if (event.key === "Enter" || event.key === " ") {
     event.preventDefault();
     hideHint();
@@ -90,14 +95,14 @@ function pointKey(event, rows, i) {
   const next = step ? rows[i + step] : undefined;
   if (next === undefined) return;
   event.preventDefault();
-  pointNodes.get(pointCursor)?.setAttribute("tabindex", -1);
-  pointCursor = next;
-  pointNodes.get(next).setAttribute("tabindex", 0);
-  pointNodes.get(next).focus();
+  board.nodes.get(board.cursor)?.setAttribute("tabindex", -1);
+  board.cursor = next;
+  board.nodes.get(next).setAttribute("tabindex", 0);
+  board.nodes.get(next).focus();
 }
 
 function markPoints() {
-  for (const [row, node] of pointNodes) {
+  for (const [row, node] of boards.flatMap((board) => [...board.nodes])) {
     node.classList.toggle("dim", !isShown(row));
     node.classList.toggle("open", row === state.head);
   }

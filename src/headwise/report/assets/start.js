@@ -17,12 +17,12 @@ Object.assign(state, readAddress());
 const parts = {
   top: part("top", drawTop), kinds: part("map", drawKinds), controls: part("map", drawMapControls),
   map: part("map", drawMap), legend: part("map", drawLegend), card: part("card", drawCard),
-  depth: part("depth", drawDepth), changes: part("changes", drawChanges), unused: part("unused", drawUnused),
+  cause: part("cause", drawCause), depth: part("depth", drawDepth), changes: part("changes", drawChanges), unused: part("unused", drawUnused),
   scatter: part("relations", drawScatter), alike: part("relations", drawAlike),
   table: part("table", drawTable), rows: part("table", drawRows), source: part("source", drawSource),
 };
 // the card first: it takes room from everything else
-for (const name of ["top", "card", "kinds", "controls", "map", "legend", "depth", "changes", "unused",
+for (const name of ["top", "card", "kinds", "controls", "map", "legend", "cause", "depth", "changes", "unused",
   "scatter", "alike", "table", "source"]) parts[name]();
 
 for (const link of document.querySelectorAll(".bar nav a")) {
@@ -34,7 +34,8 @@ watch(["kinds"], () => { showFilter(); markPoints(); });
 watch(["kinds", "sort"], parts.rows);
 watch(["head"], () => { parts.card(); showOpen(); markPoints(); });
 watch(["x", "y"], parts.scatter);
-drawnToWidth(document.querySelector("main"), () => { parts.map(); parts.depth(); parts.scatter(); parts.alike(); });
+watch(["against"], parts.cause);
+drawnToWidth(document.querySelector("main"), () => { parts.map(); parts.cause(); parts.depth(); parts.scatter(); parts.alike(); });
 byId("depth-more").addEventListener("click", () => { allOverDepth = !allOverDepth; parts.depth(); });
 addEventListener("hashchange", () => change(readAddress()));
 addEventListener("keydown", (event) => {

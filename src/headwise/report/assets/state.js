@@ -1,7 +1,7 @@
 // What the reader chose. It stands in the address after "#", so that a view can be linked.
 const DEFAULTS = {
   head: null, metric: ATLAS.metric, order: "index", scale: "auto", kinds: null, theme: "auto",
-  x: null, y: null, sort: null,
+  x: null, y: null, sort: null, against: null,
 };
 const state = { ...DEFAULTS };
 const watchers = [];
@@ -62,7 +62,7 @@ function readAddress() {
     else if (key === "kinds") {
       const kinds = text.split(",").filter((kind) => KIND_NAMES.includes(kind));
       if (kinds.length) read.kinds = kinds;
-    } else if (["metric", "x", "y"].includes(key)) {
+    } else if (["metric", "x", "y", "against"].includes(key)) {
       if (key === "metric" && (text === "kind" || (text === "tile" && TILES.size))) read[key] = text;
       else if (MEASURED.some((column) => column.name === text)) read[key] = text;
     } else if (key === "order" && ["index", "value", "kind"].includes(text)) read.order = text;

@@ -76,6 +76,7 @@ function drawDormant() {
   }
   const { rows, most } = dormantHeads();
   const writes = columnNamed("residual_share");
+  const effect = columnNamed("effect");
   const again = box.querySelector(".controls");
   const controls = again || el("div", { class: "controls" },
     limitField("Mass on sinks, at least", "sink", 0.05, 0, 1, drawDormant),
@@ -84,9 +85,11 @@ function drawDormant() {
     : `at most ${number(most)} of the residual stream`;
   fill(box, el("h3", {}, `Dormant: ${plural(rows.length, "head")}`),
     el("p", { class: "about" }, "Most of the attention lies on sinks, and little is written: ", bound, "."),
-    controls, shortTable(["head", ...(HEADS.kind ? ["kind"] : []), "on sinks", ...(writes ? ["writes"] : [])],
+    controls, shortTable(["head", ...(HEADS.kind ? ["kind"] : []), "on sinks", ...(writes ? ["writes"] : []),
+      ...(effect ? ["effect"] : [])],
       rows.map((row) => [headLink(row), ...(HEADS.kind ? [el("span", {}, kindOf(row))] : []),
-        number(sinkOf(row)), ...(writes ? [number(writesOf(row))] : [])])),
+        number(sinkOf(row)), ...(writes ? [number(writesOf(row))] : []),
+        ...(effect ? [number(effect.values[row])] : [])])),
     copyable(rows, "dormant"));
 }
 
