@@ -21,7 +21,7 @@ from headwise.models.sites import Site, Write, recording
 
 __all__ = ["Change", "Exchange", "Scored", "exchanged"]
 
-PASS_TOKENS = 1024
+PASS_TOKENS = 512
 """Tokens that go through the model at once: enough for its matrix products to be busy, few enough
 for what they make to stay in a cache."""
 
