@@ -50,7 +50,7 @@ SEEDS = (0, 1)
     parts=("Attention", "Mlp"),
     reported="Five digits and three heads: the loss is highest where a carry comes through a nine, "
     "and heads attend to the digit pairs of a place.",
-    unsure="Sizes are ours (three digits, width 48, seconds of training): after as short a training "
+    unsure="Sizes are ours (three digits, width 48, seconds of training): so early in training "
     "cascades have twice to ten times the loss of plain carries, depending on the seed.",
     use="""
 import torch
