@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     )
     from headwise.edits.conversion import Conversion, convert
     from headwise.edits.deltas import Full, LowRank
+    from headwise.edits.directions import head_directions
     from headwise.edits.edit_effects import EditEffects, measure_edit
     from headwise.edits.effects import Effect, effect
     from headwise.edits.fact_prompts import Fact
@@ -76,6 +77,7 @@ _EXPORTS = {
     "edit_facts": "headwise.edits.facts",
     "effect": "headwise.edits.effects",
     "find_register_neurons": "headwise.edits.registers",
+    "head_directions": "headwise.edits.directions",
     "measure_edit": "headwise.edits.edit_effects",
     "patches_in": "headwise.edits.patch_file",
     "swap": "headwise.edits.swapping",
@@ -119,6 +121,7 @@ __all__ = [
     "edit_facts",
     "effect",
     "find_register_neurons",
+    "head_directions",
     "measure_edit",
     "patches_in",
     "swap",
