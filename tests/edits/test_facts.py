@@ -290,8 +290,8 @@ def test_what_cannot_be_done_is_said() -> None:
         edit_fact(model, ids, 5, [], layers=0, statistics=LINES)
     with pytest.raises(ValueError, match="looks back only"):
         edit_fact(tiny.bert(), ids, 5, 3, layers=0, statistics=LINES)
+    other = collect_key_statistics(decoder(), LINES, 0)
     with pytest.raises(ValueError, match="key statistics are of"):
-        other = collect_key_statistics(decoder(), LINES, 0)
         edit_fact(model, ids, 5, 3, layers=0, statistics=other)
     with pytest.raises(ValueError, match="last projection"):
         edit_fact(tiny.gpt_oss(), ids, 5, 3, layers=0, statistics=LINES)

@@ -43,7 +43,7 @@ LAYERS = (0, 1, 2)
     "feed-forward's are written into weights, over several layers.",
     equation=r"\Delta^l = R^l K_l^\top (\lambda C_l + K_l K_l^\top)^{-1}, \qquad "
     r"R^l = \frac{V_* - V}{\sqrt{L - l + 1}}",
-    parts=("edits.edit_facts", "edits.Patch"),
+    parts=("edit_facts", "Patch"),
     reported="Best of the compared editors on CounterFact and zsRE for GPT-J (6B) and GPT-NeoX "
     "(20B), at up to 10 000 edits.",
     unsure="L - l + 1 counts the edited layers from l on, as in the authors' code. Where attention "

@@ -40,7 +40,7 @@ from headwise.train import fit, seeded
     "change of rank one of that layer's second matrix exchanges it.",
     equation=r"\hat W = W + \Lambda (C^{-1} k_*)^\top, \qquad "
     r"\Lambda = \frac{v_* - W k_*}{(C^{-1} k_*)^\top k_*}, \qquad C = E[k k^\top]",
-    parts=("edits.edit_fact", "edits.Patch"),
+    parts=("edit_fact", "Patch"),
     reported="GPT-2 XL on CounterFact: 100 % of the edits succeed, 96 % of paraphrases follow, and "
     "75 % of neighbouring subjects keep their answer.",
     unsure="The authors' code divides by the plain prompt's key, not by the mean key k*; here it "
