@@ -31,3 +31,19 @@ def test_the_code_on_the_page_of_weights_runs(monkeypatch: pytest.MonkeyPatch) -
     for block in blocks:
         exec(compile(block, "weights.md", "exec"), names)
     assert names["scores"].top(1, "k")[0].score > 2 * names["scores"].random
+
+
+@pytest.mark.parametrize("page", ["causes.md", "steering.md"])
+def test_the_code_on_pages_about_known_circuits_runs(
+    page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    text = (DOCS / page).read_text(encoding="utf-8")
+    blocks = re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    assert len(blocks) >= 3
+    for block in blocks:
+        exec(compile(block, page, "exec"), names)
+    if page == "steering.md":
+        assert names["measured"].efficacy.change.mean < -1
+        assert (tmp_path / "mine.safetensors").is_file()
