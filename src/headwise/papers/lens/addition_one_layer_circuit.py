@@ -179,12 +179,12 @@ def hidden(model: Decoder, below: int) -> Iterator[None]:
                 at = DIGITS - 1 - (k - below) + number * (DIGITS + 1)
                 seen[..., 3 * DIGITS + 1 - k, at] = False
     attention: Any = model.stack.mixers[0]
-    before = attention.pattern
-    attention.pattern = before & Mask(seen)
+    before = attention.pattern, attention.backend
+    attention.pattern, attention.backend = before[0] & Mask(seen), "dense"
     try:
         yield
     finally:
-        attention.pattern = before
+        attention.pattern, attention.backend = before
 
 
 def nothing_hidden() -> int:
