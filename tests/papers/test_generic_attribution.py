@@ -24,7 +24,7 @@ def test_the_oracle_computes_what_the_model_computes_and_leaves_it_alone() -> No
     inputs = paper.Scene().batch(0, 2).inputs
     before = model(**inputs)
     written = paper.Written()
-    with paper.headwise.swap(model, {"all": written}):
+    with paper.swap(model, {"all": written}):
         during = model(**inputs)
     assert torch.allclose(before, during, atol=1e-5)
     assert {where: len(maps) for where, maps in written.maps.items()} == {

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import headwise
+from headwise.edits import swap
 from headwise.edits.change import Call, Change
 from headwise.instruments.attribution import attribute
 from headwise.instruments.bimodal import bimodal, fused_slopes
@@ -143,7 +143,7 @@ class Written(Change):
 def by_tables(model: nn.Module, inputs: dict[str, Tensor], metric: Metric) -> dict[str, Tensor]:
     """Rows of whole tables R, from the gradients of whole maps: name of the stack -> (batch, n)."""
     written = Written()
-    with headwise.swap(model, {"all": written}):
+    with swap(model, {"all": written}):
         score = metric.score(model(**inputs), inputs).sum()
     every = [one for maps in written.maps.values() for one in maps]
     slopes = iter(torch.autograd.grad(score, every))
