@@ -35,10 +35,7 @@ def test_segments_see_each_other_through_separators_alone() -> None:
     for i in range(n):
         for j in range(i + 1):
             separator = j in Segments.separators
-            if i < TEXT:
-                same = j // (LENGTH + 1) == i // (LENGTH + 1)
-            else:
-                same = j >= TEXT
+            same = j // (LENGTH + 1) == i // (LENGTH + 1) if i < TEXT else j >= TEXT
             assert bool(mask[i, j]) is (same or separator)
 
 
