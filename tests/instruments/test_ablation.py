@@ -269,6 +269,18 @@ def test_only_the_row_that_counts_is_read_out(models):
     assert np.abs(where.heads["effect"] - wanted.mean(1)).max() < 1e-4
 
 
+def test_a_feed_forward_part_that_looks_at_other_positions_is_computed_whole():
+    """Leaving rows out would change what is read; a trial finds that."""
+    model = tiny.gpt2()
+    inner = model.transformer.h[1].mlp.c_proj
+    inner.register_forward_pre_hook(lambda m, args: (args[0].cumsum(1),))
+    ids = tiny.ids(6, batch=2)
+    atlas = ablation(model, ids, metric=LogitDifference(3, 9))
+    wanted = by_slow(model, {"input_ids": ids}, lambda x: (x[:, -1, 3] - x[:, -1, 9]).double())
+    assert np.abs(wanted).max() > 1e-2
+    assert np.abs(atlas.heads["effect"] - wanted.mean(1)).max() < 1e-4
+
+
 def test_examples_of_several_lengths_and_any_batch_size_give_the_same(models):
     texts = [tiny.ids(n, seed=n) for n in (5, 5, 3, 8)]
     one, many = (

@@ -23,7 +23,8 @@ __all__ = ["MEMORY", "Measurement", "copies_that_fit", "values_of"]
 
 MEMORY = 2**29
 """Bytes that the copies of one pass may take together, as `copies_that_fit` counts them."""
-ROWS = 2048  # tokens in one pass beyond which a larger one is not quicker
+CACHE = 3 * 2**20  # bytes of the widest tensor of a layer, beyond which passes get slower again
+ROWS = (256, 2048)  # tokens in one pass: fewer leave matrix products slow, more help nobody
 FEW = 64  # tokens in one pass below which neighbouring layers had better run together
 
 
@@ -60,7 +61,7 @@ class Measurement:
         kept = self._kept(batch)
         inputs = batch.inputs | ({"logits_to_keep": kept} if kept else {})
         sites = [*_read(self.sites), *self._maps, *more]
-        return CleanRun(self.view, inputs, sites, self.reuse)
+        return CleanRun(self.view, inputs, sites, self.reuse, kept)
 
     def scores(self, batch: Examples, logits: Tensor, clean: Tensor) -> Tensor:
         """`(copies, examples)` of answers `(copies * examples, ...)`."""
@@ -190,9 +191,10 @@ def copies_that_fit(view: ModelView, batch: Examples, answer: Tensor) -> int:
     """
     tokens = _tokens(batch)
     size = answer.element_size() * (3 * answer.numel() + 24 * view.width * tokens)
-    room, rows = MEMORY, ROWS
+    widest = 4 * view.width * answer.element_size()
+    room, rows = MEMORY, min(max(CACHE // widest, ROWS[0]), ROWS[1])
     if answer.is_cuda:
-        room, rows = torch.cuda.mem_get_info(answer.device)[0] // 4, 32 * ROWS
+        room, rows = torch.cuda.mem_get_info(answer.device)[0] // 4, 32 * ROWS[1]
     return max(1, min(room // max(1, size), math.ceil(rows / tokens)))
 
 
