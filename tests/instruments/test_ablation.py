@@ -41,6 +41,9 @@ def examples(name, n, batch, seed=0, padded=False):
     inputs = {"input_ids": ids}
     if name == "bart":
         inputs["decoder_input_ids"] = tiny.ids(n, seed + 1, batch)
+        if padded:  # of the encoder: what is padding there is seen by nobody
+            inputs["attention_mask"] = torch.ones_like(ids)
+            inputs["attention_mask"][-1, n // 2 + 1 :] = 0
         return inputs, lambda logits: slow.loss(logits, inputs["decoder_input_ids"])
     mask = torch.ones_like(ids)
     if padded:
@@ -313,7 +316,8 @@ def test_the_model_is_left_as_it_was(models, name):
     ("asked", "said"),
     [
         ({"how": "nothing"}, "expected one of zero, mean, resample, uniform"),
-        ({"what": "tokens"}, "expected one or several of heads, layers, attention, mlp"),
+        ({"what": "tokens"}, "ablate_tokens"),
+        ({"what": "neurons"}, "expected one or several of heads, layers, attention, mlp"),
         ({"what": ()}, "expected one or several"),
         ({"how": "uniform", "what": ("heads", "mlp")}, "goes with what='heads'"),
         ({"metric": "accuracy", "estimate": "gradient"}, "accuracy has no gradient"),
@@ -327,6 +331,39 @@ def test_the_model_is_left_as_it_was(models, name):
 def test_what_cannot_be_asked_is_said(models, asked, said):
     with pytest.raises(ValueError, match=said):
         ablation(models["llama"], tiny.ids(4), **asked)
+
+
+def test_under_a_swap_the_changed_model_is_measured(models):
+    """What is in force stays in force: the effect is one more head's."""
+    import headwise
+    from headwise.edits import Silence, Uniform
+
+    model, ids = models["llama"], tiny.ids(6, batch=2)
+    together = ablate_together(model, ids, [[(0, 1)], [(0, 1), (1, 2)], [(0, 1), (0, 3)]]).mean
+    with headwise.swap(model, {(0, 1): Silence()}):
+        changed = ablation(model, ids, what=("heads", "mlp"))
+    assert changed.heads["effect"][1] == pytest.approx(0, abs=CLOSE)
+    assert changed.heads["effect"][6] == pytest.approx(together[1] - together[0], abs=CLOSE)
+    assert changed.heads["effect"][3] == pytest.approx(together[2] - together[0], abs=CLOSE)
+    assert changed.provenance["edits"]
+    with headwise.swap(model, {0: Uniform()}):
+        even = ablation(model, ids)
+        wanted = by_slow(model, {"input_ids": ids}, lambda x: slow.loss(x, ids))
+    assert np.abs(even.heads["effect"] - wanted.mean(1)).max() < CLOSE
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bert"])
+def test_one_token_has_a_divergence(models, name):
+    ids = tiny.ids(1, batch=3)
+    atlas = ablation(models[name], ids, metric="kl")
+    clean = slow.answer(models[name], {"input_ids": ids}).double().log_softmax(-1)
+
+    def divergence(logits):
+        now = logits.double().log_softmax(-1)
+        return (clean.exp() * (clean - now)).sum(-1).mean(1)
+
+    wanted = by_slow(models[name], {"input_ids": ids}, divergence)
+    assert np.abs(atlas.heads["effect"] - wanted.mean(1)).max() < CLOSE
 
 
 def test_one_token_has_no_loss(models):

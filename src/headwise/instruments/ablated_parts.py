@@ -53,6 +53,8 @@ def parts_of(view: ModelView, what: str) -> list[Part]:
         return [Part(f"layer {s.layer - 1}", {s: None}) for s in sites if s.layer > 0]
     if what in ("attention", "mlp"):
         return [Part(str(site), {site: None}) for site in sites_of(view, what)]
+    if what == "tokens":
+        raise ValueError("what='tokens': an Atlas has no positions; see ablate_tokens")
     raise ValueError(f"what={what!r}: expected one or several of {', '.join(WHAT)}")
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from headwise.models import ModelView, Prefix, Site, recording
 from headwise.models.fused_activations import fused_activations
+from headwise.models.interface import EDITORS, OBSERVERS
 from headwise.models.sites import Write
 
 __all__ = ["CleanRun", "Start"]
@@ -188,7 +189,9 @@ class CleanRun:
                 known = [a.module for a in layer.attentions[: start.attentions]]
                 if _in_order(self._order, known):
                     for module in known:
-                        if module in self._answers:
+                        # who edits or observes one counts its calls
+                        watched = id(module) in EDITORS or id(module) in OBSERVERS
+                        if module in self._answers and not watched:
                             stand_in(module, self._answering(self._answers[module], copies))
                 if start.feed and layer.mlp is not None and layer.mlp in self._feeds:
                     shell = self._copied(self._feeds[layer.mlp], copies)
