@@ -213,8 +213,8 @@ def the_context_is_lost_and_facts_are_not(choose: Any, seed: int) -> Measured:
     """Setting one feature of 16 in each head to its mean costs at least 0.3 more of the accuracy on
     the context than of that on facts (chance is 0.03); another feature costs hardly anything.
 
-    Two seeds for time's sake: a third learns the context more slowly (0.58 after as long), and loses
-    0.5 of it more than of the facts.
+    Two seeds for time's sake: a third learns the context more slowly (0.58 after as long), and
+    loses 0.5 of it more than of the facts.
     """
     model = trained(seed)
     before, lost = accuracies(model), []
