@@ -298,8 +298,9 @@ def each_circuit_carries_its_ability(choose: Choose, seed: int) -> Measured:
 def and_leaves_the_other_alone(choose: Choose, seed: int) -> Measured:
     """Without its circuit the other ability loses 10 points at most, either way. Where S is taken
     without its sign, the other one falls as well. (The bounds set beforehand, 15 and 5, hold with
-    means, the second barely, 4.95 on the worst seed, and not with zeros, 5.2 and 6.1: the feed-forward
-    part that holds the facts does a little for chains too. Both bounds are twice as large now.)"""
+    means, the second barely, 4.95 on the worst seed, and not with zeros, 5.2 and 6.1: the
+    feed-forward part that holds the facts does a little for chains too. Both are
+    twice as large now.)"""
     model = trained(seed)
     recall, reasoning = choose(model)
     other = drops(model, recall)["reasoning"], drops(model, reasoning)["recall"]
