@@ -38,7 +38,7 @@ EXAMPLES = [
 
 
 # Their tables are drawn once: which answer is frequent there cannot be known without training.
-REMEMBERED = {"Facts", "TwoHopFacts"}
+REMEMBERED = {"Facts", "FactsAndChains", "TwoHopFacts"}
 
 
 def same(a: Batch, b: Batch) -> bool:

@@ -17,8 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import headwise
-from headwise.edits import Scale
+from headwise.edits import Scale, swap
 from headwise.instruments.pursuit import head_outputs, pursuit, token_atoms
 from headwise.models import ModelView
 from headwise.models.backbones import Decoder
@@ -190,7 +189,7 @@ def lost(choose: Any, seed: int, factor: float) -> tuple[Tensor, Tensor]:
     before = accuracies(model)
     for kind in range(4):
         for heads in choose(model, kind, seed):
-            with headwise.swap(model, {head: Scale(factor) for head in heads}):
+            with swap(model, {head: Scale(factor) for head in heads}):
                 fell = before - accuracies(model)
             own.append(fell[kind])
             other.append((fell.sum() - fell[kind]) / 3)

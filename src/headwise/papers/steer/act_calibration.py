@@ -20,8 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import headwise
-from headwise.edits import CalibrateSinks, MoveMass
+from headwise.edits import CalibrateSinks, MoveMass, swap
 from headwise.edits.change import Change
 from headwise.instruments.metrics import metric_of
 from headwise.instruments.profiles import profile
@@ -168,7 +167,7 @@ SEEDS = (0, 1, 2)
 @torch.no_grad()
 def _maps(model: nn.Module, ids: Tensor, changes: dict[Any, Change]) -> Tensor:
     kept: list[Tensor] = []
-    with observe(view(model), lambda r: kept.append(r.map.dense())), headwise.swap(model, changes):
+    with observe(view(model), lambda r: kept.append(r.map.dense())), swap(model, changes):
         model(ids)
     return kept[0]
 
@@ -196,7 +195,7 @@ def _accuracy(seed: int, heads: list[tuple[int, int]], change: Change) -> tuple[
     model, given, hits = planted(), examples(1000 + seed), metric_of("accuracy")
     with torch.no_grad():
         before = hits.score(model(given["input_ids"]), given).mean()
-        with headwise.swap(model, dict.fromkeys(heads, change)):
+        with swap(model, dict.fromkeys(heads, change)):
             after = hits.score(model(given["input_ids"]), given).mean()
     return float(before), float(after)
 

@@ -18,8 +18,7 @@ from functools import cache, partial
 import torch
 from torch import Tensor, nn
 
-import headwise
-from headwise.edits import Scale, TowardsSelf
+from headwise.edits import Scale, TowardsSelf, swap
 from headwise.edits.change import Change
 from headwise.models import Site, observe, recording, view
 from headwise.papers import Measured, Picture, at_least, at_most, claim, paper, picture
@@ -73,7 +72,7 @@ def guided(
     plain: Tensor = model(x)
     if not heads:
         return plain
-    with headwise.swap(model, {(0, heads): TowardsSelf(u)}):
+    with swap(model, {(0, heads): TowardsSelf(u)}):
         spoilt = model(x)
     return plain + weight * (plain - spoilt)
 
@@ -185,7 +184,7 @@ def no_map_is_needed(make: Callable[[float], Change], seed: int) -> Measured:
     with (
         torch.no_grad(),
         recording(look, [site]) as there,
-        headwise.swap(model, {(0, tuple(STYLED)): make(0.3)}),
+        swap(model, {(0, tuple(STYLED)): make(0.3)}),
     ):
         model(x)
     return at_most((there[site] - want).abs().max(), 1e-5)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import headwise
+from headwise.edits import swap
 from headwise.edits.change import Call, Change
 from headwise.edits.reweighing import mass_on, moved_mass
 from headwise.edits.token_sets import among_keys, among_queries
@@ -261,7 +261,7 @@ def weights_move_as_written(find: FindSinks, seed: int) -> Measured:
 @torch.no_grad()
 def _maps(model: nn.Module, given: Inputs, changes: dict[Any, Change]) -> Tensor:
     kept: list[Tensor] = []
-    with observe(view(model), lambda r: kept.append(r.map.dense())), headwise.swap(model, changes):
+    with observe(view(model), lambda r: kept.append(r.map.dense())), swap(model, changes):
         model(**given)
     return kept[0]
 
@@ -269,7 +269,7 @@ def _maps(model: nn.Module, given: Inputs, changes: dict[Any, Change]) -> Tensor
 @torch.no_grad()
 def _accuracy(seed: int, changes: dict[Any, Any], faint: bool | None = None) -> float:
     given, kind = examples(seed)
-    with headwise.swap(planted(), changes):
+    with swap(planted(), changes):
         answer = planted()(**given)[:, -1, 1 : 1 + CLASSES].argmax(-1)
     hits = (answer == kind).float()
     return float((hits if faint is None else hits[0 if faint else 1 :: 2]).mean())

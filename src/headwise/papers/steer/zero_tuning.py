@@ -22,8 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import headwise
-from headwise.edits import ScaleSink, ScaleTokens, Temperature
+from headwise.edits import ScaleSink, ScaleTokens, Temperature, swap
 from headwise.edits.change import Change
 from headwise.instruments.examples import model_view
 from headwise.instruments.metrics import Called, Metric, metric_of
@@ -104,7 +103,7 @@ def zero_tuning(
 
 @torch.no_grad()
 def _mean(model: nn.Module, inputs: Inputs, metric: Metric, changes: dict[Any, Change]) -> float:
-    with headwise.swap(model_view(model), changes):
+    with swap(model_view(model), changes):
         return float(metric.score(model(inputs["input_ids"]), inputs).mean())
 
 
@@ -211,7 +210,7 @@ def gaps_shrink_by_the_normaliser(make: Callable[[float], Change], seed: int) ->
 def _maps(model: nn.Module, seed: int, changes: dict[Any, Change]) -> Tensor:
     kept: list[Tensor] = []
     ids = examples(seed, 4)["input_ids"]
-    with observe(view(model), lambda r: kept.append(r.map.dense())), headwise.swap(model, changes):
+    with observe(view(model), lambda r: kept.append(r.map.dense())), swap(model, changes):
         model(ids)
     return kept[0].double()
 
