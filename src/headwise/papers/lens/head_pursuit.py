@@ -36,7 +36,7 @@ Head = tuple[int, int]
     modality="multimodal",
     plain="Rank heads by how much of what they write is explained by a few tokens of a concept, "
     "and scale the best ones to suppress or push it.",
-    equation=r"v_{t+1} = \arg\max_v \sum_i |\langle R_i, D_v \rangle|, \quad "
+    equation=r"v_{t+1} = \mathrm{argmax}_v \sum_i |\langle R_i, D_v \rangle|, \quad "
     r"\mathrm{score} = 1 - \lVert R \rVert_F^2 / \lVert H \rVert_F^2",
     parts=(),
     reported="Editing about 1 % of the heads suppresses or enhances a concept in language and "
