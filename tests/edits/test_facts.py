@@ -262,9 +262,7 @@ def test_several_facts_with_rome() -> None:
 
 
 def test_the_same_seed_gives_the_same_patch() -> None:
-    made = [
-        edit_fact(tiny.llama(), LINES[0, :6], 5, 3, statistics=LINES, seed=4) for _ in range(2)
-    ]
+    made = [edit_fact(tiny.llama(), LINES[0, :6], 5, 3, statistics=LINES, seed=4) for _ in range(2)]
     a, b = (next(iter(one.deltas.values())) for one in made)
     assert torch.equal(
         a.whole(torch.device("cpu"), torch.float32), b.whole(torch.device("cpu"), torch.float32)

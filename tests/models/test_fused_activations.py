@@ -25,8 +25,9 @@ def test_left_as_it_was_after_an_error_and_where_somebody_stands_in():
     model = torch.nn.Sequential(NewGELUActivation(), NewGELUActivation())
     mine = torch.relu
     model[0].forward = mine
-    with pytest.raises(RuntimeError), fused_activations(model):
+    with fused_activations(model):
         assert model[0].forward is mine
+    with pytest.raises(RuntimeError), fused_activations(model):
         raise RuntimeError
     assert model[0].forward is mine
     assert "forward" not in vars(model[1])

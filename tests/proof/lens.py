@@ -34,8 +34,8 @@ def sharpened(model: Any) -> Any:
 
 def gpt2() -> Any:
     torch.manual_seed(0)
-    sizes = {"n_positions": 192, "n_embd": 48, "n_layer": 3, "n_head": 4}
-    special = {"bos_token_id": 0, "eos_token_id": 0}
+    sizes: dict[str, Any] = {"n_positions": 192, "n_embd": 48, "n_layer": 3, "n_head": 4}
+    special: dict[str, Any] = {"bos_token_id": 0, "eos_token_id": 0}
     return sharpened(GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, **sizes, **special)))
 
 

@@ -128,9 +128,7 @@ def _layers(atlas: Atlas, detail: Detail) -> dict[str, Any]:
         "columns": [
             _column(name, atlas.columns.get(name) or Column(name, "", ""), values, detail.digits)
             for name, values in table.items()
-            if name not in _IDENTITY
-            and values.dtype.kind in "fiub"
-            and not _is_error(name, table)
+            if name not in _IDENTITY and values.dtype.kind in "fiub" and not _is_error(name, table)
         ],
     }
 
