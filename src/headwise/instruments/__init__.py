@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from headwise.instruments.joint_ablation import JointEffects, ablate_together
     from headwise.instruments.lenses import Lens, lens
     from headwise.instruments.patching import patch
+    from headwise.instruments.perturbation import perturb
     from headwise.instruments.probing import Probe, probe
     from headwise.instruments.profiles import profile
     from headwise.instruments.qk_ov import ov, qk
@@ -53,6 +54,7 @@ _EXPORTS = {
     "qk": "headwise.instruments.qk_ov",
     "Probe": "headwise.instruments.probing",
     "probe": "headwise.instruments.probing",
+    "perturb": "headwise.instruments.perturbation",
     "see": "headwise.instruments.see",
     "steered": "headwise.instruments.steering",
     "token_matching": "headwise.instruments.induction_weights",
@@ -79,6 +81,7 @@ __all__ = [
     "lens",
     "ov",
     "patch",
+    "perturb",
     "probe",
     "profile",
     "qk",
