@@ -369,3 +369,13 @@ def test_one_token_has_a_divergence(models, name):
 def test_one_token_has_no_loss(models):
     with pytest.raises(ValueError, match="2 tokens or more"):
         ablation(models["llama"], tiny.ids(1))
+
+
+def test_an_empty_set_takes_out_nothing():
+    model, ids = tiny.llama(), tiny.ids(7, batch=3)
+    found = ablate_together(model, ids, [[], [(0, 1)], ()])
+    alone = ablate_together(model, ids, [[(0, 1)]])
+    assert found.names == ("nothing", "L0H1", "nothing")
+    assert not found.effects[[0, 2]].any()
+    assert np.allclose(found.effects[1], alone.effects[0], atol=1e-6)
+    assert not ablate_together(model, ids, [[]]).effects.any()

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from headwise.instruments.ablated_parts import part_of_heads
+from headwise.instruments.ablated_parts import Part, part_of_heads
 from headwise.instruments.examples import model_view, read_examples
 from headwise.instruments.metrics import metric_of
 from headwise.instruments.part_effects import Measurement
@@ -87,7 +87,8 @@ def ablate_together(
     measure = metric_of(metric)
     if how not in HOW:
         raise ValueError(f"how={how!r}: expected one of {', '.join(HOW)}")
-    every = [part_of_heads(view, selector) for selector in sets]
+    nobody = Part("nothing", {})
+    every = [nobody if _empty(one) else part_of_heads(view, one) for one in sets]
     if not every:
         raise ValueError("sets=[]: give one or several sets of heads, such as [[(0, 1), (1, 3)]]")
     if how == "uniform" and any(len(part.takes) > 1 for part in every):
@@ -104,12 +105,14 @@ def ablate_together(
     with evaluating(view.model):
         other = reference is not None
         instead = replacement_of(view, every, how, pool, by_position, draws, seed, other)
-        run = Measurement(view, every, measure, instead, frozen, copies)
+        present = [number for number, part in enumerate(every) if part.takes]
+        run = Measurement(view, [every[n] for n in present], measure, instead, frozen, copies)
         effects, unchanged = [], []
         for batch in batches:
             clean = run.clean(batch)
             unchanged.append(run.base(batch, clean).cpu().numpy())
-            effects.append(run.effects(batch, clean))
+            effects.append(np.zeros((len(every), len(batch))))
+            effects[-1][present] = run.effects(batch, clean)
     return JointEffects(
         tuple(part.name for part in every),
         measure.name,
@@ -117,3 +120,7 @@ def ablate_together(
         np.concatenate(effects, 1),
         np.concatenate(unchanged),
     )
+
+
+def _empty(selector: Any) -> bool:
+    return isinstance(selector, list | tuple | set | frozenset) and not selector

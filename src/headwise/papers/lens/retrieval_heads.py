@@ -57,8 +57,8 @@ def copied(seen: AttentionMap, batch: Batch, needle: int) -> Tensor:
     modality="text",
     plain="Score each head by how often its largest weight lies on the very token that is copied "
     "from a needle; the few that score high do the retrieval.",
-    equation=r"\mathrm{score}(h) = \frac{|g_h \cap k|}{|k|}, \quad g_h = \{w : j = \arg\max_i "
-    r"a_h(i),\ x_j = w,\ j \in \mathrm{needle}\}",
+    equation=r"\mathrm{score}(h) = \frac{|g_h \cap k|}{|k|}, \quad "
+    r"g_h = \{w : j = \mathrm{argmax}_i\, a_h(i),\ x_j = w,\ j \in \mathrm{needle}\}",
     parts=("Attention", "TokenShift"),
     reported="Under 5 % of the heads of 4 model families are retrieval heads; 12 of Llama 2 7B "
     "are active whatever the context; without them models invent.",
