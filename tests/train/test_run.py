@@ -280,3 +280,18 @@ def test_nothing_but_safetensors_and_json_is_written(tmp_path: Path) -> None:
     train(tiny(tmp_path / "run"), device="cpu")
     kinds = {path.suffix for path in (tmp_path / "run").rglob("*") if path.is_file()}
     assert kinds <= {".json", ".jsonl", ".safetensors", ".svg", ""}
+
+
+def test_fit_trains_where_gradients_are_switched_off_around_it() -> None:
+    import torch
+
+    from headwise.models.backbones import Decoder
+    from headwise.parts import Attention
+    from headwise.tasks import Copy
+    from headwise.train import fit
+
+    task = Copy()
+    model = Decoder(task.vocabulary, 16, 1, lambda layer: Attention(16, 2, causal=True))
+    with torch.no_grad():
+        assert fit(model, task, steps=2, size=2).steps == 2
+        assert not torch.is_grad_enabled()

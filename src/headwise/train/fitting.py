@@ -40,6 +40,7 @@ def seeded(seed: int) -> Iterator[None]:
         yield
 
 
+@torch.enable_grad()
 def fit(
     model: nn.Module,
     task: Task,
