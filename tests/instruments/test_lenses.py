@@ -188,3 +188,15 @@ def test_the_model_stays_as_it_was_also_after_an_error():
     assert not any("forward" in vars(module) for module in model.modules())
     lens(model, tiny.ids(6))
     assert model.training
+
+
+def test_answers_that_are_all_alike_are_not_all_right():
+    """Where every token is as likely, one is named, and it is right by chance only."""
+    model = tiny.llama()
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+    ids = tiny.ids(12, batch=4)
+    found = lens(model, ids).by_layer()
+    named = lens(model, ids).top[0, :, 0]
+    assert len(set(named.tolist())) == 1
+    assert found["accuracy"][0] == np.mean(ids[:, 1:].numpy() == named[0])

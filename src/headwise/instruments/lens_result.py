@@ -57,7 +57,7 @@ class Lens:
         known = bool(asked.any())
         return {
             "loss": self.loss[:, asked].mean(1) if known else nothing,
-            "accuracy": (self.rank[:, asked] == 0).mean(1) if known else nothing,
+            "accuracy": (self.top[:, asked, 0] == self.target[asked]).mean(1) if known else nothing,
             "rank": self.rank[:, asked].mean(1) if known else nothing,
             "entropy": self.entropy.mean(1),
             "kl": self.kl.mean(1),
