@@ -34,9 +34,11 @@ def test_commands_and_options_exist() -> None:
     from headwise.cli.parser import build_parser
 
     parser = build_parser()
-    blocks = re.findall(r"^```\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
-    lines = re.findall(r"^headwise (.*)$", "".join(blocks), re.MULTILINE)
-    assert len(lines) >= 5
+    # every second fence closes a block; what follows it is no block
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
+    plain = "".join(text for language, text in blocks if not language)
+    lines = re.findall(r"^headwise (.*)$", plain, re.MULTILINE)
+    assert len(lines) >= 15
     for line in lines:
         parser.parse_args(shlex.split(line.partition("#")[0]))
 
