@@ -52,6 +52,7 @@ SEEDS = (0, 1)
     "and heads attend to the digit pairs of a place.",
     unsure="Sizes are ours (three digits, width 48, seconds of training): so early in training "
     "cascades have twice to ten times the loss of plain carries, depending on the seed.",
+    taxonomy=("beyond/analysis",),
     use="""
 import torch
 

@@ -64,6 +64,7 @@ def uniform(n: int) -> Tensor:
     "subcircuits together time the phase change; induction heads add up.",
     unsure="The task is ours, repetition at an unknown distance instead of exemplars with labels: "
     "with two exemplars a uniform first layer suffices, and a small model finds that.",
+    taxonomy=("beyond/analysis",),
     use="""
 import torch
 
