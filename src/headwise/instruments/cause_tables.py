@@ -11,6 +11,7 @@ from headwise.instruments.ablated_parts import Part
 from headwise.instruments.atlas import Atlas
 from headwise.instruments.effect_gradients import ESTIMATES
 from headwise.instruments.effect_ranks import rank_correlation
+from headwise.instruments.head_rows import rows_of
 from headwise.instruments.partial import Result
 from headwise.models import ModelView
 
@@ -51,17 +52,7 @@ def as_columns(
 def assembled(view: ModelView, results: Sequence[Result], cause: dict[str, Any]) -> Atlas:
     """Means over examples with standard errors. The provenance holds "cause" with the unchanged
     model's mean and each estimate's rank correlation with the exact effect."""
-    rows = [(a, head) for a in view.attentions for head in range(a.heads)]
-    several = len(view.stacks) > 1 or any(a.kind == "cross" for a in view.attentions)
-    heads: dict[str, np.ndarray] = {
-        "layer": np.array([a.layer for a, _ in rows]),
-        "head": np.array([head for _, head in rows]),
-    }
-    layers: dict[str, np.ndarray] = {"layer": np.array([layer.index for layer in view.layers])}
-    if several:
-        heads["stack"] = np.array([a.stack for a, _ in rows])
-        heads["attention"] = np.array([a.kind for a, _ in rows])
-        layers["stack"] = np.array([layer.stack for layer in view.layers])
+    heads, layers = rows_of(view)
     spread: dict[str, np.ndarray] = {}
     for name in results[0].heads:
         heads[name], error = _mean([result.heads[name] for result in results])

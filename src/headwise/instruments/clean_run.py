@@ -8,7 +8,7 @@ answers from memory: the heads' outputs are known, and only the output projectio
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,7 +69,7 @@ class CleanRun:
         self._feeds: dict[nn.Module, Any] = {}
         self._order: list[nn.Module] = []
         self._reuse = reuse
-        keeping = self._keeping() if reuse else _nothing()
+        keeping = self._keeping() if reuse else nullcontext()
         with self._quick(), recording(view, sites) as values, keeping:
             self.prefix = Prefix(view, inputs, reuse)
         self.values: dict[Site, Tensor] = dict(values)
@@ -125,7 +125,7 @@ class CleanRun:
         return bool((again - self.output).abs().amax() <= 1e-5 * size)
 
     def _quick(self) -> AbstractContextManager[None]:
-        return fused_activations(self.view.model) if self._reuse else _nothing()
+        return fused_activations(self.view.model) if self._reuse else nullcontext()
 
     @contextmanager
     def _keeping(self) -> Iterator[None]:
@@ -194,7 +194,7 @@ class CleanRun:
                         if module in self._answers and not watched:
                             stand_in(module, self._answering(self._answers[module], copies))
                 if start.feed and layer.mlp is not None and layer.mlp in self._feeds:
-                    shell = self._copied(self._feeds[layer.mlp], copies)
+                    shell = self.prefix.repeated(self._feeds[layer.mlp], copies)
                     stand_in(layer.mlp, lambda x, *args, **kwargs: _filled(shell, x))
             last = self.view.layers[-1].mlp
             if self._rows is not None and last in self._feeds and last not in touched:
@@ -206,18 +206,11 @@ class CleanRun:
 
     def _answering(self, answer: _Answer, copies: int) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
-            known = self._copied(answer.joined, copies)
+            known = self.prefix.repeated(answer.joined, copies)
             first = known if answer.projection is None else answer.projection(known)
-            return _filled(self._copied(answer.shell, copies), first)
+            return _filled(self.prefix.repeated(answer.shell, copies), first)
 
         return forward
-
-    def _copied(self, given: Any, copies: int) -> Any:
-        if isinstance(given, tuple | list):
-            return type(given)([self._copied(part, copies) for part in given])
-        if not isinstance(given, Tensor) or not given.dim() or given.shape[0] != self.batch:
-            return given
-        return given.repeat(copies, *[1] * (given.dim() - 1))
 
 
 def _in_order(ran: list[nn.Module], wanted: list[nn.Module]) -> bool:
@@ -256,8 +249,3 @@ def _noting(waiting: set[Site], site: Site, write: Write) -> Write:
         return write(there)
 
     return noted
-
-
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield

@@ -1,4 +1,4 @@
-"""Ranks of heads by two numbers."""
+"""Ranks of heads, or of places, by two numbers."""
 
 from __future__ import annotations
 

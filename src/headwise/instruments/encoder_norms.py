@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from headwise.instruments.gains import Gain, find_gain
-from headwise.instruments.kept_maps import read_from
+from headwise.instruments.kept_maps import run_read
 from headwise.instruments.metrics import Metric
 from headwise.instruments.norm_maps import INCLUDE, NormMap, gram_of, linear
 from headwise.models import (
@@ -26,8 +26,7 @@ from headwise.models import (
     UnsupportedModelError,
     observe,
 )
-from headwise.models.prefix import logits_of
-from headwise.models.sites import Site, touching
+from headwise.models.sites import Site
 
 __all__ = ["globenc", "norm_maps"]
 
@@ -56,30 +55,10 @@ def globenc(
     nothing of the stack and for "norm" where none stands behind, UnsupportedModelError for layers
     that are put together in another way.
     """
-    stack, weights = _stack(view, of), None
+    stack = _stack(view, of)
     last = [layer for layer in view.layers if layer.stack == stack][-1]
-    leaf: list[Tensor] = []
-    was = torch.is_grad_enabled()
-
-    def cut(stream: Tensor) -> Tensor:
-        leaf[:] = [stream.detach().requires_grad_()]
-        torch.set_grad_enabled(at is None)  # the layers below need no graph, what follows does
-        return leaf[0]
-
-    try:
-        with (
-            torch.no_grad(),
-            _keeping(view, stack, include) as kept,
-            touching(view, {Site("residual", last.index + 1, stack): cut}),
-        ):
-            output = view.model(**inputs)
-            if at is None:
-                with torch.enable_grad():
-                    score = metric.score(logits_of(output), inputs).sum()
-                    weights = read_from(_gradient(score, leaf[0], stack))
-    finally:
-        torch.set_grad_enabled(was)
-    row = read_from(leaf[0], at) if weights is None else weights
+    site = Site("residual", last.index + 1, stack)
+    kept, row = run_read(view, inputs, metric, site, _keeping(view, stack, include), at)
     row = row.double()
     for one in reversed(kept):
         row = one.carry(row)
@@ -229,13 +208,3 @@ def _close(a: Tensor, b: Tensor) -> bool:
     if a.shape != b.shape:
         return False
     return bool((a - b).abs().amax() <= CLOSE * b.abs().amax().clamp_min(1e-12))
-
-
-def _gradient(score: Tensor, leaf: Tensor, stack: str) -> Tensor:
-    if not score.requires_grad:
-        raise ValueError(
-            f"the target has no gradient in what the {stack} gives; give another target, or the "
-            "position to follow as at="
-        )
-    (found,) = torch.autograd.grad(score, leaf, allow_unused=True)
-    return torch.zeros_like(leaf) if found is None else found

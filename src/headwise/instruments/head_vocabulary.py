@@ -22,10 +22,9 @@ from torch import Tensor, nn
 
 from headwise.instruments.examples import model_view
 from headwise.instruments.folded import attention_at
-from headwise.instruments.gains import find_gain
 from headwise.instruments.qk_ov import ov, qk
 from headwise.instruments.readout import output_stack
-from headwise.instruments.token_tables import as_read, embedding_table, unembedding_table
+from headwise.instruments.token_tables import as_read, embedding_table, linear_head
 from headwise.instruments.tokens import Tokens
 from headwise.models import ModelView, UnsupportedModelError
 from headwise.models.projections import features_first
@@ -176,12 +175,7 @@ def token_logits(model: nn.Module | ModelView, directions: Tensor) -> Tensor:
     the division by the final norm's size. Raises UnsupportedModelError where nothing linear does.
     """
     view = model_view(model)
-    table, final = unembedding_table(view), find_gain(view.final_norm, view.width)
-    for told in (table, final):
-        if isinstance(told, str):
-            raise UnsupportedModelError(told)
-    assert isinstance(table, Tensor)
-    assert not isinstance(final, str)
+    table, final = linear_head(view)
     seen = final.after_output(directions.reshape(-1, view.width).mT)
     # the table in pieces: a copy of it in float64 would be twice as large as the model's own
     parts = [part.detach().to(seen) @ seen for part in table.split(16384)]

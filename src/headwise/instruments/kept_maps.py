@@ -4,9 +4,9 @@ from: what methods need that go down from the answer, layer by layer."""
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,9 +25,12 @@ __all__ = [
     "keeping",
     "read_from",
     "read_site",
+    "run_read",
     "stack_read",
     "wanted_stack",
 ]
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,6 +76,19 @@ def keep(
     """
     check_stacks(view)
     batch = next(len(v) for v in inputs.values() if isinstance(v, Tensor) and v.dim())
+    return run_read(view, inputs, metric, read_site(view), keeping(view, batch), at)
+
+
+def run_read(
+    view: ModelView,
+    inputs: Inputs,
+    metric: Metric,
+    site: Site,
+    keeping: AbstractContextManager[T],
+    at: Tensor | int | None = None,
+) -> tuple[T, Tensor]:
+    """Run the model once inside of `keeping`: what that keeps, and the weights `(batch, n)` of the
+    positions at a residual site that the answer is read from. Below the site there is no graph."""
     leaf: list[Tensor] = []
     was = torch.is_grad_enabled()
 
@@ -82,17 +98,13 @@ def keep(
         return leaf[0]
 
     try:
-        with (
-            torch.no_grad(),
-            keeping(view, batch) as kept,
-            touching(view, {read_site(view): cut}),
-        ):
+        with torch.no_grad(), keeping as kept, touching(view, {site: cut}):
             output = view.model(**inputs)
             if at is not None:
                 return kept, read_from(leaf[0], at)
             with torch.enable_grad():
                 score = metric.score(logits_of(output), inputs).sum()
-                gradient = _gradient(score, leaf[0])
+                gradient = _gradient(score, leaf[0], site)
     finally:
         torch.set_grad_enabled(was)
     return kept, read_from(gradient)
@@ -150,11 +162,11 @@ def read_site(view: ModelView) -> Site:
     return Site("residual", last.index + 1, stack)
 
 
-def _gradient(score: Any, leaf: Tensor) -> Tensor:
+def _gradient(score: Any, leaf: Tensor, site: Site) -> Tensor:
     if not score.requires_grad:
         raise ValueError(
-            "the target has no gradient in the last layer's output; give another target, or the "
-            "position to read from as at="
+            f"the target has no gradient in the last layer's output ({site}); give another target, "
+            "or the position to read from as at="
         )
     (found,) = torch.autograd.grad(score, leaf, allow_unused=True)
     return torch.zeros_like(leaf) if found is None else found

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from headwise.instruments.effect_ranks import rank_correlation
+
 if TYPE_CHECKING:
     import pandas
 
@@ -157,22 +159,6 @@ class PatchTable:
             "normalised": float(self.normalised[at]),
             "effect": float(self.effects[at]),
         }
-
-
-def rank_correlation(a: np.ndarray, b: np.ndarray) -> float:
-    """Spearman's correlation, ties at their mean rank; NaN where one does not vary."""
-    both = np.isfinite(a) & np.isfinite(b)
-    first, second = _ranks(np.asarray(a)[both]), _ranks(np.asarray(b)[both])
-    if len(first) < 2 or not first.std() or not second.std():
-        return float("nan")
-    return float(np.corrcoef(first, second)[0, 1])
-
-
-def _ranks(values: np.ndarray) -> np.ndarray:
-    _, group, count = np.unique(values, return_inverse=True, return_counts=True)
-    last = np.cumsum(count)
-    ranks: np.ndarray = (last - (count - 1) / 2)[group]
-    return ranks
 
 
 def _error(values: np.ndarray) -> np.ndarray:

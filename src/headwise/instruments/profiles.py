@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -11,11 +12,13 @@ import torch
 from torch import nn
 
 from headwise.edits import swap
+from headwise.edits.effects import Figure
 from headwise.edits.selectors import select
 from headwise.instruments import provenance
 from headwise.instruments.atlas import Atlas
 from headwise.instruments.columns import Column
 from headwise.instruments.examples import model_view, read_examples
+from headwise.instruments.head_rows import rows_of
 from headwise.instruments.metrics import metric_of
 from headwise.instruments.run import evaluating
 from headwise.models import ModelView, Prefix
@@ -77,18 +80,11 @@ def profile(
                 if progress is not None:
                     step = at * len(ready) + done + 1
                     progress(step, len(ready) * len(batches), f"{name}, {changed.record}")
-    table = {name: [_mean(values) for values in column] for name, column in found.items()}
-    several = len(look.stacks) > 1 or any(a.kind == "cross" for a in look.attentions)
-    identity = {
-        "layer": np.array([a.layer for a, _ in rows]),
-        "head": np.array([head for _, head in rows]),
-    }
-    if several:
-        identity["stack"] = np.array([a.stack for a, _ in rows])
-        identity["attention"] = np.array([a.kind for a, _ in rows])
+    none = Figure(math.nan, math.nan)
+    table = {n: [Figure.of(v) if v else none for v in column] for n, column in found.items()}
     return Atlas(
-        heads=identity | {n: np.array([mean for mean, _ in c]) for n, c in table.items()},
-        spread={n: np.array([error for _, error in c]) for n, c in table.items()},
+        heads=rows_of(look)[0] | {n: np.array([f.mean for f in c]) for n, c in table.items()},
+        spread={n: np.array([f.error for f in c]) for n, c in table.items()},
         columns={
             name: Column(name, wanted.unit, f"Change of the {wanted.name} by {change!r}.")
             for name, change in changes.items()
@@ -109,12 +105,3 @@ def profile(
 def _number(look: ModelView, attention: Any) -> int:
     """Which layer, in order of execution, an attention is in."""
     return next(n for n, layer in enumerate(look.layers) if attention in layer.attentions)
-
-
-def _mean(values: list[float]) -> tuple[float, float]:
-    """Mean and its standard error; NaN for none."""
-    if not values:
-        return float("nan"), float("nan")
-    numbers = np.array(values)
-    error = numbers.std(ddof=1) / np.sqrt(len(numbers)) if len(numbers) > 1 else np.nan
-    return float(numbers.mean()), float(error)

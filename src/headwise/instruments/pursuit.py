@@ -16,11 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from headwise.instruments.examples import model_view
-from headwise.instruments.gains import find_gain
 from headwise.instruments.readout import output_stack
 from headwise.instruments.run import evaluating
-from headwise.instruments.token_tables import unembedding_table
-from headwise.models import ModelView, Site, UnsupportedModelError, recording
+from headwise.instruments.token_tables import linear_head
+from headwise.models import ModelView, Site, recording
 
 __all__ = ["Pursued", "head_outputs", "pursuit", "token_atoms"]
 
@@ -91,11 +90,6 @@ def token_atoms(model: nn.Module | ModelView, tokens: Sequence[int] | None = Non
     Raises UnsupportedModelError where the answer is not linear in them.
     """
     view = model_view(model)
-    table, final = unembedding_table(view), find_gain(view.final_norm, view.width)
-    for told in (table, final):
-        if isinstance(told, str):
-            raise UnsupportedModelError(told)
-    assert isinstance(table, Tensor)
-    assert not isinstance(final, str)
+    table, final = linear_head(view)
     rows = table if tokens is None else table[list(tokens)]
     return final.into_input(rows.detach().double())

@@ -16,6 +16,7 @@ from headwise.instruments.atlas_file import FILE_NAME
 from headwise.instruments.batch import Batch
 from headwise.instruments.catalog import chosen
 from headwise.instruments.columns import COLUMNS, HEAD_COLUMNS, LAYER_COLUMNS
+from headwise.instruments.head_rows import rows_of
 from headwise.instruments.inputs import Source, read_inputs
 from headwise.instruments.instrument import Instrument, Tables
 from headwise.instruments.kinds import label_all
@@ -212,35 +213,19 @@ def _assemble(
     for instrument in active:
         if instrument.stimulus in results:
             instrument.conclude(tables)
-    several = len(look.stacks) > 1 or any(a.kind == "cross" for a in look.attentions)
-    heads = {**_identity(look, several), **heads}
+    rows, places = rows_of(look)
+    heads = {**rows, **heads}
     kinds, reasons = label_all(heads)
     heads["kind"] = np.array(kinds)
     return Atlas(
         heads=_ordered(heads, [c.name for c in HEAD_COLUMNS]),
-        layers={
-            "layer": np.array([layer.index for layer in look.layers]),
-            **({"stack": np.array([layer.stack for layer in look.layers])} if several else {}),
-            **_ordered(layers, [c.name for c in LAYER_COLUMNS]),
-        },
+        layers={**places, **_ordered(layers, [c.name for c in LAYER_COLUMNS])},
         columns={c.name: c for i in active for c in i.columns if c.name not in COLUMNS},
         pairs=pairs,
         spread=spread,
         reasons=reasons,
         tiles=[tile for found in results.values() for result in found for tile in result.tiles],
     )
-
-
-def _identity(look: ModelView, several: bool) -> dict[str, np.ndarray]:
-    rows = [(a, head) for a in look.attentions for head in range(a.heads)]
-    named: dict[str, np.ndarray] = {
-        "layer": np.array([a.layer for a, _ in rows]),
-        "head": np.array([head for _, head in rows]),
-    }
-    if several:
-        named["stack"] = np.array([a.stack for a, _ in rows])
-        named["attention"] = np.array([a.kind for a, _ in rows])
-    return named
 
 
 def _mean(values: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -145,7 +145,7 @@ def _positions(
         places = torch.arange(first, min(n, first + size))
         start = clean.start_of([site]) if how != "hide" else Start(0)
         keys = torch.nn.functional.one_hot(places, n).bool().repeat_interleave(count, 0)
-        with torch.no_grad(), _hiding(run.view, stack, keys) if how == "hide" else _nothing():
+        with torch.no_grad(), hidden(run.view, stack, keys) if how == "hide" else nullcontext():
             writes = {} if how == "hide" else {site: _writing(keys, made)}
             logits = clean.run(writes, len(places), start)
             after = run.scores(batch, logits, clean.output).double()
@@ -160,17 +160,6 @@ def _writing(keys: Tensor, made: Tensor) -> Callable[[Tensor], Tensor]:
         return torch.where(keys.to(there.device)[..., None], new, there)
 
     return write
-
-
-@contextmanager
-def _hiding(view: ModelView, stack: str, keys: Tensor) -> Iterator[None]:
-    with hidden(view, stack, keys):
-        yield
-
-
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield
 
 
 def _ids(batch: Examples, first: bool) -> np.ndarray | None:

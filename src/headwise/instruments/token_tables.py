@@ -8,10 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from headwise.instruments.folded import input_gain
+from headwise.instruments.gains import Gain, find_gain
 from headwise.instruments.readout import output_stack
+from headwise.models.errors import UnsupportedModelError
 from headwise.models.structure import AttentionView, ModelView
 
-__all__ = ["as_read", "embedding_table", "unembedding_table"]
+__all__ = ["as_read", "embedding_table", "linear_head", "unembedding_table"]
 
 
 def embedding_table(view: ModelView, stack: str) -> Tensor | str:
@@ -32,6 +34,19 @@ def unembedding_table(view: ModelView) -> Tensor | str:
             "before it unembeds it, which no product of weights describes"
         )
     return view.unembedding
+
+
+def linear_head(view: ModelView) -> tuple[Tensor, Gain]:
+    """The (vocab, width) table that gives logits, and the gain of the norm before it.
+
+    Raises UnsupportedModelError, with the reason, where logits are not linear in what is normed.
+    """
+    table, final = unembedding_table(view), find_gain(view.final_norm, view.width)
+    if isinstance(table, str):
+        raise UnsupportedModelError(table)
+    if isinstance(final, str):
+        raise UnsupportedModelError(final)
+    return table, final
 
 
 def as_read(rows: Tensor, attention: AttentionView) -> Tensor:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -50,7 +50,7 @@ class Prefix:
         self.batch = next(v.shape[0] for v in self.inputs.values() if isinstance(v, Tensor))
         self._given: list[Any] = []
         self.reuses = reuse and _is_plain(view)
-        with torch.no_grad(), self._keeping() if self.reuses else _nothing():
+        with torch.no_grad(), self._keeping() if self.reuses else nullcontext():
             self.output = logits_of(view.model(**self.inputs))
         if self.reuses:
             self.reuses = self._tried()
@@ -82,11 +82,15 @@ class Prefix:
         that is computed anew, by default the first that a write names. Gradients pass from there.
         """
         begin = self.start_of(writes) if start is None else start
-        inputs = {key: self._repeated(value, copies) for key, value in self.inputs.items()}
+        inputs = {key: self.repeated(value, copies) for key, value in self.inputs.items()}
         with self._answering(begin if self.reuses else 0, copies), touching(self.view, writes):
             return logits_of(self.view.model(**inputs))
 
-    def _repeated(self, value: Any, copies: int) -> Any:
+    def repeated(self, value: Any, copies: int) -> Any:
+        """What belongs to the inputs, or several such things, for each of the copies; what serves
+        the whole batch stays as it is."""
+        if isinstance(value, tuple | list):
+            return type(value)([self.repeated(part, copies) for part in value])
         if copies == 1 or not isinstance(value, Tensor) or not value.dim():
             return value
         if value.shape[0] != self.batch:  # a table that serves the whole batch
@@ -126,7 +130,7 @@ class Prefix:
 
         def answer(number: int) -> Callable[..., Any]:
             known, whole = self._given[number], number in read.values()
-            return lambda *args, **kwargs: self._copied(known, copies) if whole else known
+            return lambda *args, **kwargs: self.repeated(known, copies) if whole else known
 
         try:
             for number, layer in enumerate(silent):
@@ -136,11 +140,6 @@ class Prefix:
         finally:
             for module in touched:
                 del module.forward
-
-    def _copied(self, given: Any, copies: int) -> Any:
-        if isinstance(given, tuple | list):
-            return type(given)([self._copied(part, copies) for part in given])
-        return self._repeated(given, copies)
 
 
 def logits_of(output: Any) -> Tensor:
@@ -175,8 +174,3 @@ def _detached(output: Any) -> Any:
     if isinstance(output, tuple | list):
         return type(output)([_detached(part) for part in output])
     return output.detach() if isinstance(output, Tensor) else output
-
-
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield

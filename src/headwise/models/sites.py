@@ -102,9 +102,11 @@ def touching(view: ModelView, writes: Mapping[Site, Write]) -> Iterator[None]:
     handles: list[Any] = []
     counts: Counter[int] = Counter()
     spots = [(site, spot_of(view, site), write) for site, write in writes.items()]
-    by_module: dict[int, nn.Module] = {id(spot.module): spot.module for _, spot, _ in spots}
+    # only where a module runs several times in a pass are its runs counted
+    by_module = {id(spot.module): spot.module for _, spot, _ in spots if spot.run is not None}
     try:
-        for owner in {id(m): m for m in [*view.owners.values(), view.model]}.values():
+        owners = {id(m): m for m in [*view.owners.values(), view.model]} if by_module else {}
+        for owner in owners.values():
             inside = {id(m) for m in owner.modules()} & set(by_module)
             handles.append(owner.register_forward_pre_hook(_restart(counts, inside)))
         for module in by_module.values():
