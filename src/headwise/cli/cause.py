@@ -32,10 +32,6 @@ def run(options: argparse.Namespace) -> int:
     _check(options)
     out = output_folder(options.atlas, source)
     atlas = _known(out, options)
-    if options.threads is not None:
-        import torch
-
-        torch.set_num_threads(options.threads)
     try:
         with Progress(quiet=options.quiet) as progress:
             found = _measure(options, source, texts, reference, out, atlas, progress)
@@ -94,15 +90,15 @@ def _measure(
     progress: Progress,
 ) -> "Atlas":
     """The atlas with the effects; atlas and report are in the folder when this returns."""
-    progress.note(f"loading {source.name}")
-    from headwise.cli.loading import load
+    from headwise.cli.loading import load_as_told
+
+    loaded = load_as_told(source, options, progress)
+
+    # After the load, which tells what it does before it imports torch.
     from headwise.instruments import ablation
     from headwise.instruments.cause_tables import beside
     from headwise.report import write
 
-    loaded = load(
-        source, options.dtype, options.device, options.trust_remote_code, options.revision
-    )
     if loaded.unset:
         raise UserError(
             f"{len(loaded.unset)} weights outside the layers are not in the files (such as "

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from headwise.cli.options import add_loading, names, positive
+from headwise.cli.options import add_loading, add_model, names, positive
 
 METRICS = ("loss", "accuracy", "kl")
 HOW = ("zero", "mean", "resample", "uniform")
@@ -13,13 +13,7 @@ ESTIMATES = ("gradient", "integrated")
 
 def add_cause_options(cause: argparse.ArgumentParser) -> None:
     """What is taken out, by what its effect is measured, on what, and which atlas gets it."""
-    cause.add_argument(
-        "model",
-        nargs="?",
-        metavar="MODEL",
-        help="a folder with config.json and safetensors, a .gguf file, or a name on the Hugging "
-        "Face hub (default: the small model that comes with headwise)",
-    )
+    add_model(cause)
     cause.add_argument(
         "--metric", choices=METRICS, default="loss", help="what changes (default: loss)"
     )

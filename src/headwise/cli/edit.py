@@ -21,18 +21,14 @@ def run(options: argparse.Namespace) -> int:
     writing = _checked(options)
     source = model_source(options.model, options.gguf_file)
     texts = read_texts(options.text) if options.text else None
-    if options.threads is not None:
-        import torch
-
-        torch.set_num_threads(options.threads)
     with Progress(quiet=options.quiet) as progress:
-        from headwise.cli.loading import load
+        from headwise.cli.loading import load_as_told
+
+        loaded = load_as_told(source, options, progress)
+
+        # After the load, which tells what it does before it imports torch.
         from headwise.edits import Patch
 
-        progress.note(f"loading {source.name}")
-        loaded = load(
-            source, options.dtype, options.device, options.trust_remote_code, options.revision
-        )
         before = _answers(loaded, options)
         for file in options.apply:
             Patch.load(file, loaded.model).apply()

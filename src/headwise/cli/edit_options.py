@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from headwise.cli.options import add_loading, positive
+from headwise.cli.options import add_loading, add_model, positive
 
 METHODS = ("rome", "pmet")
 ONLY_WITH_FACT = ("method", "layer", "prefixes", "statistics", "paraphrase", "text", "out")
@@ -11,13 +11,7 @@ ONLY_WITH_FACT = ("method", "layer", "prefixes", "statistics", "paraphrase", "te
 
 def add_edit_options(edit: argparse.ArgumentParser) -> None:
     """A fact to be written, patches to be applied, and what is asked."""
-    edit.add_argument(
-        "model",
-        nargs="?",
-        metavar="MODEL",
-        help="a folder with config.json and safetensors, a .gguf file, or a name on the Hugging "
-        "Face hub (default: the small model that comes with headwise)",
-    )
+    add_model(edit)
     edit.add_argument("--prompt", metavar="TEXT", help="it ends where the answer begins")
     edit.add_argument("--subject", metavar="TEXT", help="the part of the prompt that it is about")
     edit.add_argument("--target", metavar="TEXT", help="the answer that shall follow")

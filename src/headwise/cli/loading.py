@@ -1,11 +1,13 @@
 """A model and its tokenizer from where the user said they are: weights from safetensors or GGUF."""
 
+import argparse
 import os
 import re
 from dataclasses import dataclass
 from typing import Any
 
 from headwise.cli.errors import UserError, one_line
+from headwise.cli.progress import Progress
 from headwise.cli.sources import ModelSource
 
 # Where a config names no class of its own; the first that knows the model type is taken.
@@ -26,6 +28,16 @@ class Loaded:
     positions: int | None
     trained: int | None
     unset: tuple[str, ...]
+
+
+def load_as_told(source: ModelSource, options: argparse.Namespace, progress: Progress) -> Loaded:
+    """`load` by the options that `add_loading` adds, on as many threads as they say."""
+    progress.note(f"loading {source.name}")
+    if options.threads is not None:
+        import torch
+
+        torch.set_num_threads(options.threads)
+    return load(source, options.dtype, options.device, options.trust_remote_code, options.revision)
 
 
 def load(

@@ -76,13 +76,7 @@ def add_swap_options(swap: argparse.ArgumentParser) -> None:
 
 
 def _add_model_and_texts(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "model",
-        nargs="?",
-        metavar="MODEL",
-        help="a folder with config.json and safetensors, a .gguf file, or a name on the Hugging "
-        "Face hub (default: the small model that comes with headwise)",
-    )
+    add_model(command)
     command.add_argument(
         "--text",
         nargs="+",
@@ -103,6 +97,17 @@ def _add_model_and_texts(command: argparse.ArgumentParser) -> None:
         metavar="N",
         help="samples of --tokens taken from each text, one after the other (default: 1; 4 of the "
         "default text)",
+    )
+
+
+def add_model(command: argparse.ArgumentParser) -> None:
+    """Which model a command takes."""
+    command.add_argument(
+        "model",
+        nargs="?",
+        metavar="MODEL",
+        help="a folder with config.json and safetensors, a .gguf file, or a name on the Hugging "
+        "Face hub (default: the small model that comes with headwise)",
     )
 
 

@@ -24,17 +24,10 @@ def run(options: argparse.Namespace) -> int:
     out = _checked_out(options)
     if options.circuit is not None and not options.circuit > 0:
         raise UserError(f"--circuit {options.circuit}: expected a share above 0, such as 0.1")
-    if options.threads is not None:
-        import torch
-
-        torch.set_num_threads(options.threads)
     with Progress(quiet=options.quiet) as progress:
-        progress.note(f"loading {source.name}")
-        from headwise.cli.loading import load
+        from headwise.cli.loading import load_as_told
 
-        loaded = load(
-            source, options.dtype, options.device, options.trust_remote_code, options.revision
-        )
+        loaded = load_as_told(source, options, progress)
         table, circuit, labels = _measure(options, loaded, prompts, progress)
     print(told(source.name, table, options.top))
     if circuit is not None:

@@ -3,20 +3,14 @@
 import argparse
 from pathlib import Path
 
-from headwise.cli.options import add_loading, positive
+from headwise.cli.options import add_loading, add_model, positive
 
 SITES = ("residual", "attention", "mlp", "neurons", "heads", "queries", "keys", "values")
 
 
 def add_patch_options(patch: argparse.ArgumentParser) -> None:
     """Two prompts or a file of pairs, the answers, and what is patched."""
-    patch.add_argument(
-        "model",
-        nargs="?",
-        metavar="MODEL",
-        help="a folder with config.json and safetensors, a .gguf file, or a name on the Hugging "
-        "Face hub (default: the small model that comes with headwise)",
-    )
+    add_model(patch)
     patch.add_argument("--clean", metavar="TEXT", help="a prompt that ends where the answer begins")
     patch.add_argument(
         "--corrupted", metavar="TEXT", help="the same with another answer, of as many tokens"

@@ -39,10 +39,6 @@ def run(options: argparse.Namespace) -> int:
     if options.instruments:
         check_instruments(options.instruments)
     _quiet_libraries(options.quiet)
-    if options.threads is not None:
-        import torch
-
-        torch.set_num_threads(options.threads)
     try:
         with Progress(quiet=options.quiet) as progress:
             atlas = measure(options, source, texts, out, progress)
@@ -59,13 +55,13 @@ def measure(
     progress: Progress,
 ) -> "Atlas":
     """Load the model and measure it; the atlas is in the folder when this returns."""
-    progress.note(f"loading {source.name}")
-    from headwise.cli.loading import load
+    from headwise.cli.loading import load_as_told
+
+    loaded = load_as_told(source, options, progress)
+
+    # After the load, which tells what it does before it imports torch.
     from headwise.instruments import see
 
-    loaded = load(
-        source, options.dtype, options.device, options.trust_remote_code, options.revision
-    )
     if loaded.unset:
         progress.warn(
             f"{len(loaded.unset)} weights outside the layers are not in the files (such as "

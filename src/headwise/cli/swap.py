@@ -28,10 +28,6 @@ def run(options: argparse.Namespace) -> int:
     texts = read_texts(options.text) if options.text else None
     out = _checked_out(options)
     asked = [split(text) for text in options.change]
-    if options.threads is not None:
-        import torch
-
-        torch.set_num_threads(options.threads)
     from headwise.edits.notation import read_changes
 
     changes = [(_heads(heads, options), read_changes(change)) for heads, change in asked]
@@ -101,16 +97,16 @@ def _measure(
     progress: Progress,
 ) -> tuple["Effect", list[Any], int]:
     """(what the changes do, the texts as they were read, tokens of the longest window)"""
-    from headwise.cli.loading import load
+    from headwise.cli.loading import load_as_told
     from headwise.cli.see import check_tokens, default_text
+
+    loaded = load_as_told(source, options, progress)
+
+    # After the load, which tells what it does before it imports torch.
     from headwise.edits import effect, swap
     from headwise.instruments.inputs import read_inputs
     from headwise.instruments.tokens import Tokens
 
-    progress.note(f"loading {source.name}")
-    loaded = load(
-        source, options.dtype, options.device, options.trust_remote_code, options.revision
-    )
     check_tokens(options.tokens, loaded, source.name, progress)
     changed = swap(loaded.model, changes)
     windows = options.windows or (1 if texts else _DEFAULT_WINDOWS)
