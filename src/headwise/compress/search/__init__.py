@@ -1,0 +1,1 @@
+"""From a budget to a smaller model: candidates, prices, the measured curve."""

@@ -1,0 +1,86 @@
+"""A change of a model's structure that can be written down and done again.
+
+A smaller model is the original's config and a list of steps. `take` does a step and remembers it
+on the model; `headwise.save` writes the list beside the weights; `headwise.load` builds the
+original without weights, does the steps again, and then fills in the weights. So a step has to
+work on a model that holds no data (device "meta"), and must not look at what the weights say:
+which heads go, which rank a matrix gets, is decided before and said in the step.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from importlib import import_module
+from typing import Any
+
+from torch import nn
+
+STEPS: dict[str, str] = {
+    "prune_heads": "headwise.compress.structure.heads.PruneHeads",
+    "prune_channels": "headwise.compress.structure.channels.PruneChannels",
+    "drop_layers": "headwise.compress.structure.layers.DropLayers",
+}
+"""Name of a step in a manifest -> the class that does it. Nothing else is ever imported."""
+
+_REMEMBERED = "headwise_steps"
+
+
+class Step(ABC):
+    """One change. Subclasses are frozen dataclasses of numbers, strings and tuples of them."""
+
+    @abstractmethod
+    def apply(self, model: nn.Module) -> None:
+        """Change the model in place, tensors and all that speaks of their sizes.
+
+        Everything is checked before anything is changed. Raises ValueError for what this model
+        does not have, UnsupportedModelError for a model whose parts were not found.
+        """
+
+
+def take(model: nn.Module, step: Step) -> None:
+    """Do a step and remember it for `headwise.save`."""
+    if _name(step) is None:
+        raise ValueError(
+            f"{type(step).__name__} is not in headwise.compress.step.STEPS, so that a model "
+            "changed by it could not be loaded again: enter it there"
+        )
+    step.apply(model)
+    setattr(model, _REMEMBERED, [*steps_of(model), step])
+
+
+def steps_of(model: nn.Module) -> tuple[Step, ...]:
+    """What was done to this model, in order."""
+    return tuple(getattr(model, _REMEMBERED, ()))
+
+
+def write_step(step: Step) -> dict[str, Any]:
+    """The step as JSON takes it."""
+    assert dataclasses.is_dataclass(step)
+    fields = {f.name: getattr(step, f.name) for f in dataclasses.fields(step)}
+    return {"step": _name(step), **fields}
+
+
+def read_step(record: dict[str, Any]) -> Step:
+    """A step from JSON. Raises ValueError for one that is not known."""
+    name = record.get("step")
+    place = STEPS.get(str(name))
+    if place is None:
+        raise ValueError(
+            f"the step {name!r} is not known to this version of headwise; known are "
+            f"{', '.join(sorted(STEPS))}"
+        )
+    module, _, cls = place.rpartition(".")
+    fields = {key: _tuples(value) for key, value in record.items() if key != "step"}
+    made = getattr(import_module(module), cls)(**fields)
+    assert isinstance(made, Step)
+    return made
+
+
+def _name(step: Step) -> str | None:
+    place = f"{type(step).__module__}.{type(step).__qualname__}"
+    return next((name for name, known in STEPS.items() if known == place), None)
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value

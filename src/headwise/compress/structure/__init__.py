@@ -1,0 +1,1 @@
+"""Real tensors get smaller: heads, channels, layers, ranks, experts."""

@@ -1,0 +1,1 @@
+"""Fewer tokens on the way through an encoder."""
