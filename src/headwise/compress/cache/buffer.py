@@ -1,0 +1,76 @@
+"""A tensor that grows at its second dimension without being copied at each step."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+GROWTH = 16
+"""A full buffer grows by a sixteenth of itself at least: copying then costs a token no more than
+16 entries, and room to spare is at most 6 % of what is held."""
+
+ROOM = 32
+"""By how many entries a full buffer grows at least."""
+
+
+class Buffer:
+    """R rows of `length` entries, `(R, length, ...)`, in a tensor `(R, room, ...)`."""
+
+    def __init__(self, held: Tensor, length: int) -> None:
+        self.held, self.length = held, length
+
+    @classmethod
+    def copied(cls, content: Tensor, room: int = 0) -> Buffer:
+        """Of a copy of `(R, n, ...)`, with room for `room` more."""
+        made = cls._empty(content, content.shape[0], content.shape[1] + room)
+        made[:, : content.shape[1]] = content
+        return cls(made, content.shape[1])
+
+    @classmethod
+    def joined(cls, buffers: list[Buffer], room: int = 0) -> Buffer:
+        """The rows of several buffers of one length."""
+        first = buffers[0]
+        rows = sum(buffer.held.shape[0] for buffer in buffers)
+        made = cls._empty(first.held, rows, first.length + room)
+        torch.cat([buffer.content for buffer in buffers], out=made[:, : first.length])
+        return cls(made, first.length)
+
+    @property
+    def content(self) -> Tensor:
+        """`(R, length, ...)`, a view."""
+        return self.held[:, : self.length]
+
+    def append(self, more: Tensor) -> None:
+        """Entries `(R, m, ...)` at the end."""
+        end = self.length + more.shape[1]
+        if end > self.held.shape[1]:
+            room = max(ROOM, self.length // GROWTH) if more.shape[1] <= ROOM else 0
+            grown = self._empty(self.held, self.held.shape[0], end + room)
+            grown[:, : self.length] = self.content
+            self.held = grown
+        self.held[:, self.length : end] = more
+        self.length = end
+
+    def select(self, indices: Tensor, room: int = 0) -> Buffer:
+        """Entries `(R, k)` of each row, in a new buffer."""
+        rows, k = indices.shape
+        made = self._empty(self.held, rows, k + room)
+        at = torch.arange(rows, device=indices.device)[:, None]
+        made[:, :k] = self.held[at, indices]
+        return Buffer(made, k)
+
+    def rows(self, indices: Tensor) -> Buffer:
+        """Some of the rows, in a new buffer."""
+        return Buffer(self.held.index_select(0, indices), self.length)
+
+    def crop(self, length: int) -> None:
+        """Only the first entries; the room stays."""
+        self.length = min(self.length, length)
+
+    def nbytes(self) -> int:
+        """Bytes of the storage, also of what lies beyond `content` in it."""
+        return self.held.untyped_storage().nbytes()
+
+    @staticmethod
+    def _empty(like: Tensor, rows: int, entries: int) -> Tensor:
+        return like.new_empty((rows, entries, *like.shape[2:]))

@@ -1,0 +1,118 @@
+"""What a block of a cache keeps its keys and values in."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+
+from torch import Tensor
+
+from headwise.compress.cache.buffer import Buffer
+
+
+class Store(ABC):
+    """Keys `(R, n, d)` and values `(R, n, d_v)` of R rows with n entries each, oldest first.
+
+    `select` and `rows` return a new store of the same kind and leave this one as it is; `append`
+    changes this one. What is kept is kept as it is: a store that loses precision loses it once,
+    not again at every selection.
+
+    A subclass is made by `Subclass.make(keys, values, room)`; a cache takes any callable of these
+    three arguments that returns a Store.
+    """
+
+    @property
+    @abstractmethod
+    def length(self) -> int:
+        """n, entries in each row."""
+
+    @abstractmethod
+    def append(self, keys: Tensor, values: Tensor) -> None:
+        """Put m entries `(R, m, d)`, `(R, m, d_v)` at the end of every row; copied."""
+
+    @abstractmethod
+    def select(self, indices: Tensor, room: int = 0) -> Store:
+        """The entries `indices` `(R, k)` int64, ascending in each row. `room`: entries that will
+        probably be appended."""
+
+    @abstractmethod
+    def rows(self, indices: Tensor) -> Store:
+        """The rows `indices` `(R',)` int64; a row may come several times or not at all."""
+
+    @abstractmethod
+    def crop(self, length: int) -> None:
+        """Forget all but the first `length` entries of every row."""
+
+    @abstractmethod
+    def tiles(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Keys `(R, t, d)` and values `(R, t, d_v)` in pieces, in order, as they are to be
+        attended: exact ones in one piece, packed ones in pieces small enough that never all of
+        them lie unpacked."""
+
+    @abstractmethod
+    def whole(self) -> tuple[Tensor, Tensor]:
+        """Keys `(R, n, d)` and values `(R, n, d_v)`, unpacked, for policies and tests."""
+
+    @abstractmethod
+    def nbytes(self) -> int:
+        """Bytes of every tensor held, room to spare included."""
+
+    @classmethod
+    def join(cls, stores: list[Store], room: int = 0) -> Store | None:
+        """One store of the rows of several that have the same length, or None where it does not
+        work without loss: they then stay apart."""
+        return None
+
+
+class Plain(Store):
+    """Keys and values as they came, in buffers with room to grow."""
+
+    def __init__(self, keys: Buffer, values: Buffer) -> None:
+        self._keys, self._values = keys, values
+
+    @classmethod
+    def make(cls, keys: Tensor, values: Tensor, room: int = 0) -> Plain:
+        """Of copies of keys `(R, n, d)` and values `(R, n, d_v)`, with room for `room` more."""
+        return cls(Buffer.copied(keys, room), Buffer.copied(values, room))
+
+    @classmethod
+    def around(cls, keys: Tensor, values: Tensor) -> Plain:
+        """Of the tensors themselves, without a copy, until the first `append`."""
+        return cls(Buffer(keys, keys.shape[1]), Buffer(values, values.shape[1]))
+
+    @property
+    def length(self) -> int:
+        return self._keys.length
+
+    def append(self, keys: Tensor, values: Tensor) -> None:
+        self._keys.append(keys)
+        self._values.append(values)
+
+    def select(self, indices: Tensor, room: int = 0) -> Plain:
+        return Plain(self._keys.select(indices, room), self._values.select(indices, room))
+
+    def rows(self, indices: Tensor) -> Plain:
+        return Plain(self._keys.rows(indices), self._values.rows(indices))
+
+    def crop(self, length: int) -> None:
+        self._keys.crop(length)
+        self._values.crop(length)
+
+    def tiles(self) -> Iterator[tuple[Tensor, Tensor]]:
+        yield self._keys.content, self._values.content
+
+    def whole(self) -> tuple[Tensor, Tensor]:
+        return self._keys.content, self._values.content
+
+    def nbytes(self) -> int:
+        return self._keys.nbytes() + self._values.nbytes()
+
+    @classmethod
+    def join(cls, stores: list[Store], room: int = 0) -> Plain | None:
+        plain = [store for store in stores if isinstance(store, Plain)]
+        if len(plain) != len(stores):
+            return None
+        return Plain(
+            Buffer.joined([s._keys for s in plain], room),
+            Buffer.joined([s._values for s in plain], room),
+        )
