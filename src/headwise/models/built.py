@@ -14,7 +14,7 @@ from headwise.maps import Scores
 from headwise.models import interface
 from headwise.models.interface import Terms
 from headwise.models.places import Places
-from headwise.models.projections import Part, Projections
+from headwise.models.projections import Part, Projections, is_projection
 from headwise.models.stacks import Place
 from headwise.models.structure import AttentionView
 from headwise.parts import Attention
@@ -51,7 +51,7 @@ def _projections(module: Attention) -> Projections | str:
     size = module.size
     found: Any = getattr(module.project, "inner", module.project)
     linears: list[Any] = [getattr(found, name, None) for name in ("query", "key", "value")]
-    if size.maps > 1 or not all(isinstance(part, nn.Linear) for part in linears):
+    if size.maps > 1 or not all(is_projection(part) for part in linears):
         return f"{type(module.project).__name__} has no single query, key and value matrix a head"
     query, key, value = linears
     return Projections(
