@@ -1,6 +1,9 @@
 """Public name -> the module of this room that defines it."""
 
 EXPORTS: dict[str, str] = {
+    "similar_block": "headwise.compress.structure.shared_maps",
+    "share_attention": "headwise.compress.structure.shared_maps",
+    "map_similarity": "headwise.compress.structure.shared_maps",
     "Step": "headwise.compress.step",
     "steps_of": "headwise.compress.step",
     "take": "headwise.compress.step",
@@ -17,4 +20,5 @@ EXPORTS: dict[str, str] = {
     "Seen": "headwise.compress.cache.policy",
     "Store": "headwise.compress.cache.store",
     "Uniform": "headwise.compress.cache.budgets",
+    "LayerSimilarity": "headwise.compress.structure.layer_similarity",
 }

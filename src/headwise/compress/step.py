@@ -20,6 +20,7 @@ STEPS: dict[str, str] = {
     "prune_heads": "headwise.compress.structure.heads.PruneHeads",
     "prune_channels": "headwise.compress.structure.channels.PruneChannels",
     "drop_layers": "headwise.compress.structure.layers.DropLayers",
+    "share_attention": "headwise.compress.structure.shared_maps.ShareAttention",
     "factorise": "headwise.compress.structure.low_rank.Factorise",
 }
 """Name of a step in a manifest -> the class that does it. Nothing else is ever imported."""
