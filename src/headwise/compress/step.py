@@ -22,6 +22,7 @@ STEPS: dict[str, str] = {
     "drop_layers": "headwise.compress.structure.layers.DropLayers",
     "share_attention": "headwise.compress.structure.shared_maps.ShareAttention",
     "factorise": "headwise.compress.structure.low_rank.Factorise",
+    "quantise": "headwise.compress.bits.weights.Quantise",
 }
 """Name of a step in a manifest -> the class that does it. Nothing else is ever imported."""
 
