@@ -49,6 +49,21 @@ class Store(ABC):
         attended: exact ones in one piece, packed ones in pieces small enough that never all of
         them lie unpacked."""
 
+    def settle(self, worth: Tensor | None = None) -> None:
+        """Nothing of what came last will be let go now: pack what is to be packed. Called at the
+        end of every chunk and decoded token. worth: `(R, n)`, what a policy thinks of each entry,
+        where it says so; a store may hold those of most worth more exactly."""
+        return None
+
+    def turned(self, queries: Tensor) -> Tensor:
+        """Queries `(R, ..., d)` as the keys of `tiles` are to be asked: a store may hold both
+        turned, with the scores that they had."""
+        return queries
+
+    def turned_back(self, out: Tensor) -> Tensor:
+        """What was averaged from the values of `tiles`, `(R, ..., d_v)`, as the values were."""
+        return out
+
     @abstractmethod
     def whole(self) -> tuple[Tensor, Tensor]:
         """Keys `(R, n, d)` and values `(R, n, d_v)`, unpacked, for policies and tests."""
