@@ -32,4 +32,10 @@ EXPORTS: dict[str, str] = {
     "Random": "headwise.compress.cache.policies.chance",
     "ReconstructionError": "headwise.compress.cache.policies.reconstruction_error",
     "SinksAndWindow": "headwise.compress.cache.policies.recency",
+    "ReduceTokens": "headwise.compress.tokens.reducing",
+    "Reduction": "headwise.compress.tokens.reduction",
+    "reduce_tokens": "headwise.compress.tokens.reducing",
+    "compensate": "headwise.compress.structure.recovery",
+    "Recovery": "headwise.compress.structure.recovery",
+    "AddBias": "headwise.compress.structure.biases",
 }

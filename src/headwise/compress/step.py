@@ -19,10 +19,12 @@ from torch import nn
 STEPS: dict[str, str] = {
     "prune_heads": "headwise.compress.structure.heads.PruneHeads",
     "prune_channels": "headwise.compress.structure.channels.PruneChannels",
+    "reduce_tokens": "headwise.compress.tokens.reducing.ReduceTokens",
     "drop_layers": "headwise.compress.structure.layers.DropLayers",
     "share_attention": "headwise.compress.structure.shared_maps.ShareAttention",
     "factorise": "headwise.compress.structure.low_rank.Factorise",
     "quantise": "headwise.compress.bits.weights.Quantise",
+    "add_bias": "headwise.compress.structure.biases.AddBias",
 }
 """Name of a step in a manifest -> the class that does it. Nothing else is ever imported."""
 
