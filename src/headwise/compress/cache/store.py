@@ -53,7 +53,7 @@ class Store(ABC):
         """Nothing of what came last will be let go now: pack what is to be packed. Called at the
         end of every chunk and decoded token. worth: `(R, n)`, what a policy thinks of each entry,
         where it says so; a store may hold those of most worth more exactly."""
-        return None
+        return
 
     def turned(self, queries: Tensor) -> Tensor:
         """Queries `(R, ..., d)` as the keys of `tiles` are to be asked: a store may hold both
@@ -103,8 +103,10 @@ class Plain(Store):
         self._keys.append(keys)
         self._values.append(values)
 
-    def select(self, indices: Tensor, room: int = 0) -> Plain:
-        return Plain(self._keys.select(indices, room), self._values.select(indices, room))
+    def select(self, indices: Tensor, room: int = 0, at: Tensor | None = None) -> Plain:
+        """`at`: `(R',)`, only these rows; both selections are one copy."""
+        keys = self._keys.select(indices, room, at)
+        return Plain(keys, self._values.select(indices, room, at))
 
     def rows(self, indices: Tensor) -> Plain:
         return Plain(self._keys.rows(indices), self._values.rows(indices))
