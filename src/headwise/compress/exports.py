@@ -38,4 +38,6 @@ EXPORTS: dict[str, str] = {
     "compensate": "headwise.compress.structure.recovery",
     "Recovery": "headwise.compress.structure.recovery",
     "AddBias": "headwise.compress.structure.biases",
+    "RetainingHeads": "headwise.compress.cache.policies.retaining",
+    "train_retaining_heads": "headwise.compress.cache.policies.retaining",
 }
