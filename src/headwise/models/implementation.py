@@ -13,6 +13,8 @@ class Held:
     config: Any
     before: str | None
     holders: int = 0
+    caches: int = 0
+    """Holders that are caches: attentions are then called that nobody observes or edits."""
 
 
 HELD: dict[int, Held] = {}
@@ -29,6 +31,12 @@ def held_before(config: Any) -> str | None:
     """What this config named before ours; None where ours is not in its place."""
     held = HELD.get(id(config))
     return None if held is None else held.before or "eager"
+
+
+def serves_caches(module: nn.Module) -> bool:
+    """Whether our attention is a module's because a cache is alive."""
+    held = HELD.get(id(config_of(module)))
+    return held is not None and held.caches > 0
 
 
 def config_of(module: nn.Module) -> Any:

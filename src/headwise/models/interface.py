@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from headwise.maps import Bias, Causal, Full, Pattern, Window, attend
+from headwise.models.cached import CachedKeys
 from headwise.models.errors import UnknownAttentionArgumentError
-from headwise.models.implementation import implementation
+from headwise.models.implementation import implementation, serves_caches
 from headwise.models.masks import PatternMask, mask_function, pattern_of
 from headwise.models.places import Places
 
@@ -145,7 +146,7 @@ def attention_function(
     """transformers' attention interface: query `(batch, heads, n_q, d)`, key and value with
     their own number of heads, to `(batch, n_q, heads, d_v)`."""
     observer, editor = OBSERVERS.get(id(module)), EDITORS.get(id(module))
-    if observer is None and editor is None:
+    if observer is None and editor is None and not serves_caches(module):
         raise RuntimeError(
             f"{type(module).__name__} is set to the attention {NAME!r}, which works only inside "
             "`with headwise.models.observe(view, ...)` or `with headwise.swap(model, ...)` and for "
@@ -154,11 +155,19 @@ def attention_function(
         )
     before = implementation(module)
     edits = editor is not None and editor.active(module)
+    if isinstance(key, CachedKeys):
+        if observer is not None or edits:
+            raise ValueError(
+                f"{type(module).__name__} reads a HeadCache, which computes its attention by "
+                "itself: it cannot be observed or edited at the same time; use another cache"
+            )
+        given = {**given, "scaling": scaling, "dropout": dropout}
+        return key.layer.attend(module, query, value, attention_mask, given, before), None
     if observer is None and not edits:
         theirs = original(module, before)
         if theirs is not None:
             given = {**given, "scaling": scaling, "dropout": dropout}
-            return _unchanged(theirs, module, query, key, value, attention_mask, given)
+            return unchanged(theirs, module, query, key, value, attention_mask, given)
     if dropout and module.training:
         raise ValueError(
             f"{type(module).__name__} drops out attention weights (it is in training mode), so "
@@ -186,7 +195,7 @@ def attention_function(
     return done.out.transpose(1, 2).contiguous().to(value.dtype), None
 
 
-def _unchanged(
+def unchanged(
     theirs: Callable[..., Any],
     module: nn.Module,
     query: Tensor,

@@ -81,6 +81,10 @@ class Rule:
 
 def recognise(rule: Rule) -> Pattern:
     """The pattern that `rule` is; a Predicate of the rule, or a Mask, where it is none."""
+    if rule.n_q == rule.n_k == 1 and rule.vectorised:  # a decoded token and itself
+        at = torch.zeros(rule.batch, 1, 1, dtype=torch.long, device=rule.device)
+        if bool(rule.absolute(at, at + rule.q_offset, at + rule.kv_offset).all()):
+            return Full()
     if not _takes_tensors(rule):
         return Mask(_table(rule))
     try:

@@ -1,7 +1,7 @@
 """The models whose attention is ours for a while, and what they had before.
 
-Observing and editing both need it, inside each other and in any order: each holds the switch for
-itself, and the last one to let go sets every config back.
+Observing, editing and caches of our own need it, inside each other and in any order: each holds the
+switch for itself, and the last one to let go sets every config back.
 """
 
 from __future__ import annotations
@@ -17,8 +17,11 @@ from headwise.models.implementation import HELD, Held, config_of, configs
 from headwise.models.structure import AttentionView
 
 
-def hold(model: nn.Module, attentions: Iterable[AttentionView]) -> Callable[[], None]:
-    """Give the model our attention; returns what lets go of it again.
+def hold(
+    model: nn.Module, attentions: Iterable[AttentionView], cache: bool = False
+) -> Callable[[], None]:
+    """Give the model our attention; returns what lets go of it again. `cache`: for a cache, so that
+    attentions that nobody observes or edits are as they were.
 
     Raises UnsupportedModelError, with everything as it was, where one of `attentions` did not
     take it.
@@ -36,6 +39,7 @@ def hold(model: nn.Module, attentions: Iterable[AttentionView]) -> Callable[[], 
     for config in mine:
         held = HELD.setdefault(id(config), Held(config, config._attn_implementation))
         held.holders += 1
+        held.caches += cache
     released = False
 
     def release() -> None:
@@ -46,6 +50,7 @@ def hold(model: nn.Module, attentions: Iterable[AttentionView]) -> Callable[[], 
         for config in mine:
             held = HELD[id(config)]
             held.holders -= 1
+            held.caches -= cache
             if not held.holders:
                 del HELD[id(config)]
                 # the attribute behind the property: the property would set sub-configs as well

@@ -12,6 +12,9 @@ GROWTH = 16
 ROOM = 32
 """By how many entries a full buffer grows at least."""
 
+FEW = 16
+"""Up to so many rows are selected from one by one, straight into their place."""
+
 
 class Buffer:
     """R rows of `length` entries, `(R, length, ...)`, in a tensor `(R, room, ...)`."""
@@ -51,12 +54,18 @@ class Buffer:
         self.held[:, self.length : end] = more
         self.length = end
 
-    def select(self, indices: Tensor, room: int = 0) -> Buffer:
-        """Entries `(R, k)` of each row, in a new buffer."""
-        rows, k = indices.shape
-        made = self._empty(self.held, rows, k + room)
-        at = torch.arange(rows, device=indices.device)[:, None]
-        made[:, :k] = self.held[at, indices]
+    def select(self, indices: Tensor, room: int = 0, rows: Tensor | None = None) -> Buffer:
+        """Entries `(R, k)` of each row, or of the rows at the places `rows`, in a new buffer."""
+        count, k = indices.shape
+        made = self._empty(self.held, count, k + room)
+        if rows is None and count > FEW and self.held.is_contiguous():
+            first = torch.arange(count, device=indices.device)[:, None] * self.held.shape[1]
+            flat = self.held.view(-1, *self.held.shape[2:])
+            chosen = flat.index_select(0, (indices + first).view(-1))
+            made[:, :k] = chosen.view(count, k, *self.held.shape[2:])
+            return Buffer(made, k)
+        for row, at in enumerate(range(count) if rows is None else rows.tolist()):
+            torch.index_select(self.held[at], 0, indices[row], out=made[row, :k])
         return Buffer(made, k)
 
     def rows(self, indices: Tensor) -> Buffer:
