@@ -14,7 +14,7 @@ from headwise.maps import Scores
 from headwise.models import interface
 from headwise.models.interface import Terms
 from headwise.models.places import Places
-from headwise.models.projections import Part, Projections, is_projection
+from headwise.models.projections import READ, Part, Projections, is_projection
 from headwise.models.stacks import Place
 from headwise.models.structure import AttentionView
 from headwise.parts import Attention
@@ -54,10 +54,12 @@ def _projections(module: Attention) -> Projections | str:
     if size.maps > 1 or not all(is_projection(part) for part in linears):
         return f"{type(module.project).__name__} has no single query, key and value matrix a head"
     query, key, value = linears
+    read: tuple[int, ...] | None = getattr(module.project, READ, None)
+    stored = size.kv_heads if read is None else max(read) + 1
     return Projections(
         Part(query, size.heads, size.head_dim),
-        Part(key, size.kv_heads, size.head_dim),
-        Part(value, size.kv_heads, size.value_dim),
+        Part(key, stored, size.head_dim, read=read),
+        Part(value, stored, size.value_dim, read=read),
         module.merge.linear,
     )
 

@@ -165,7 +165,7 @@ def _attention(
         width = projections.count(("hidden_size", "d_model"), config, module) or 0
         head_dim = projections.count(naming.HEAD_DIM, module, config) or width // heads
     else:
-        heads, kv_heads = found.query.heads, found.key.heads
+        heads, kv_heads = found.query.heads, found.key.seen
         head_dim, width = found.query.head_dim, found.query.weight.shape[-1]
     below = place.name[len(place.layer) :]
     cross = getattr(module, "is_cross_attention", False) or any(

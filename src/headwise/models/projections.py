@@ -8,7 +8,7 @@ Every slice is a view of the model's own parameter: nothing is copied, gradients
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,22 +16,39 @@ from torch import Tensor, nn
 from headwise.models import naming
 
 
+READ = "headwise_key_value_of"
+"""Attribute of an attention whose groups of query heads are unequal (some were removed): for each
+query head the key-value head that it reads. Its attention function is handed keys and values
+repeated so, as many as query heads."""
+
+
 @dataclass(frozen=True, eq=False)
 class Part:
-    """Some output features of one projection: all of them, a range, or one of three by head."""
+    """Some output features of one projection: all of them, a range, or one of three by head.
+
+    `heads`: as stored. `read`: None, or for each query head the stored head that it reads, where
+    that follows no rule; the slices are then those of `read`, copies instead of views.
+    """
 
     module: nn.Module
     heads: int
     head_dim: int
     start: int = 0
     by_head: int | None = None  # which of (query, key, value) in a (heads, 3, head_dim) layout
+    read: tuple[int, ...] | None = None
+
+    @property
+    def seen(self) -> int:
+        """Heads that the attention function is handed."""
+        return self.heads if self.read is None else len(self.read)
 
     def _slice(self, table: Tensor) -> Tensor:
         """`(heads, head_dim, ...)` out of a table whose first axis is the output features."""
         if self.by_head is not None:
             return table.unflatten(0, (self.heads, 3, self.head_dim))[:, self.by_head]
         stop = self.start + self.heads * self.head_dim
-        return table[self.start : stop].unflatten(0, (self.heads, self.head_dim))
+        stored = table[self.start : stop].unflatten(0, (self.heads, self.head_dim))
+        return stored if self.read is None else stored[list(self.read)]
 
     @property
     def weight(self) -> Tensor:
@@ -220,7 +237,11 @@ def _fused(
 def _checked(module: nn.Module, found: Projections) -> Projections | str:
     """Refuse what does not fit together (gated queries, latent attention ...)."""
     query, key, value = found.query, found.key, found.value
-    if key.heads == 0 or query.heads % key.heads:
+    read: tuple[int, ...] | None = getattr(module, READ, None)
+    if read is not None:
+        key, value = replace(key, read=read), replace(value, read=read)
+        found = replace(found, key=key, value=value)
+    elif key.heads == 0 or query.heads % key.heads:
         return (
             f"{type(module).__name__}: {query.heads} query heads do not share {key.heads} "
             f"key-value heads"
