@@ -40,4 +40,6 @@ EXPORTS: dict[str, str] = {
     "AddBias": "headwise.compress.structure.biases",
     "RetainingHeads": "headwise.compress.cache.policies.retaining",
     "train_retaining_heads": "headwise.compress.cache.policies.retaining",
+    "PruneHeads": "headwise.compress.structure.heads",
+    "prune_heads": "headwise.compress.structure.heads",
 }
