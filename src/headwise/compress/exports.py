@@ -42,4 +42,8 @@ EXPORTS: dict[str, str] = {
     "train_retaining_heads": "headwise.compress.cache.policies.retaining",
     "PruneHeads": "headwise.compress.structure.heads",
     "prune_heads": "headwise.compress.structure.heads",
+    "allocate": "headwise.compress.bits.allocation",
+    "Thresholded": "headwise.compress.bits.thresholded",
+    "ThresholdActivations": "headwise.compress.bits.thresholds",
+    "threshold_activations": "headwise.compress.bits.thresholds",
 }

@@ -25,6 +25,7 @@ STEPS: dict[str, str] = {
     "factorise": "headwise.compress.structure.low_rank.Factorise",
     "quantise": "headwise.compress.bits.weights.Quantise",
     "add_bias": "headwise.compress.structure.biases.AddBias",
+    "threshold_activations": "headwise.compress.bits.thresholds.ThresholdActivations",
 }
 """Name of a step in a manifest -> the class that does it. Nothing else is ever imported."""
 
