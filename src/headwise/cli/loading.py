@@ -55,7 +55,7 @@ def load(
 
     from headwise.instruments.positions import position_limit, position_table
 
-    transformers = _transformers()
+    transformers = quiet_transformers()
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
@@ -131,7 +131,8 @@ def _tokenizer(transformers: Any, source: ModelSource, files: dict[str, Any]) ->
         ) from error
 
 
-def _transformers() -> Any:
+def quiet_transformers() -> Any:
+    """transformers, without its warnings. Raises UserError where it is not installed."""
     try:
         import transformers
     except ImportError:

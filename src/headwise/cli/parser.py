@@ -17,6 +17,7 @@ from headwise.cli.options import (
 )
 from headwise.cli.papers_options import add_papers_commands
 from headwise.cli.patch_options import add_patch_options
+from headwise.cli.shrink_options import add_generate_options, add_shrink_options
 from headwise.cli.train_options import add_train_options
 
 
@@ -78,6 +79,22 @@ def build_parser() -> Parser:
         "put what one prompt's run computed into another's, and see what brings the answer along",
     )
     add_patch_options(patch)
+
+    shrink = _command(
+        commands,
+        "shrink",
+        "headwise.cli.shrink:run",
+        "make a model smaller within a budget; leaves the model, the measured curve and a report",
+    )
+    add_shrink_options(shrink)
+
+    generate = _command(
+        commands,
+        "generate",
+        "headwise.cli.generate:run",
+        "go on from a prompt with a model that was made smaller",
+    )
+    add_generate_options(generate)
 
     train = _command(
         commands,

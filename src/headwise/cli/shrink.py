@@ -1,0 +1,87 @@
+"""`headwise shrink`: from a budget to a smaller model, its curve and a page about it."""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from headwise.cli.errors import UserError
+from headwise.cli.progress import Progress
+from headwise.cli.see import default_text
+from headwise.cli.sources import ModelSource, model_source, output_folder, read_texts
+
+if TYPE_CHECKING:
+    from headwise.compress.search.curve import Curve
+
+REPORT = "report.html"
+
+
+def run(options: argparse.Namespace) -> int:
+    """Search, print the curve, leave the model and the page; 1 where the budget was not met."""
+    source = model_source(options.model, options.gguf_file)
+    texts = read_texts(options.text) if options.text else None
+    out = _folder(options, source)
+    with Progress(quiet=options.quiet) as progress:
+        from headwise.cli.loading import load_as_told
+
+        loaded = load_as_told(source, options, progress)
+        if loaded.unset:
+            raise UserError(
+                f"{len(loaded.unset)} weights outside the layers are not in the files (such as "
+                f"{loaded.unset[0]}): the answers of this model, and so all prices, would be random"
+            )
+        # After the load, which tells what it does before it imports torch.
+        from headwise.compress.search.searching import shrink
+        from headwise.instruments.provenance import command_line
+        from headwise.report.shrink_page import write_shrink
+
+        if texts is None:
+            texts = [default_text(options.tokens * options.windows)]
+        try:
+            curve = shrink(
+                loaded.model,
+                options.keep,
+                [text for _, text in texts],
+                quality=options.quality,
+                kinds=options.kinds,
+                rounds=options.rounds,
+                recover=not options.no_recover,
+                distil=options.distil,
+                tokens=options.tokens,
+                windows=options.windows,
+                repeats=options.repeats,
+                tokenizer=loaded.tokenizer,
+                out=out,
+                resume=options.resume,
+                tell=progress.note,
+                seed=options.seed,
+            )
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        write_shrink(curve, out / REPORT, source.name, command_line(options.argv))
+    print(told(source.name, curve, out))
+    return 0 if curve.met else 1
+
+
+def told(name: str, curve: "Curve", out: Path) -> str:
+    """The curve as a table, what came out, and where it is."""
+    from headwise.cli.tables import table
+    from headwise.report.shrink_page import sentence
+
+    lines = [f"{name}: {sentence(curve)}", "", table(*curve.table()), ""]
+    lines += [f"model, curve.json and {REPORT} in {out}", f"try it: headwise generate {out}"]
+    return "\n".join(lines)
+
+
+def _folder(options: argparse.Namespace, source: ModelSource) -> Path:
+    if options.out is not None:
+        out: Path = options.out.expanduser()
+        if out.exists() and not out.is_dir():
+            raise UserError(f"--out {options.out} is a file; expected a folder")
+    else:
+        usual = output_folder(None, source)
+        out = usual.with_name(f"{usual.name}-small")
+    if (out / "curve.json").exists() and not options.resume:
+        raise UserError(
+            f"{out / 'curve.json'} is there already; go on with --resume, or choose another folder"
+        )
+    return out

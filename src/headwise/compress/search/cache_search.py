@@ -1,0 +1,262 @@
+"""The search for a key-value cache within a budget of bytes: which tokens, how many bits, where.
+
+The first half of each text is the prompt, the second is read in short pieces with the cache in
+force, each token given, so that what was evicted is missed by all that comes after. Bytes are those
+that the cache holds at the end, beside those that a full one would.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from headwise.compress.search.asking import Text
+from headwise.compress.search.cache_settings import POLICIES, CacheSettings, cache_of
+from headwise.compress.search.curve import Curve, Point
+from headwise.compress.search.kept import Kept
+from headwise.compress.search.quality import Quality, measure_quality
+from headwise.compress.search.spread import spread
+from headwise.compress.search.targets import Keep, Limit, UnreachableError
+from headwise.instruments.examples import Examples
+from headwise.instruments.run import evaluating
+from headwise.models import UnsupportedModelError, view
+from headwise.models.identity import weights_hash
+
+PIECE = 16
+"""Tokens that are read at a time after the prompt."""
+BITS = (None, 8, 4)
+LEVELS = (0.25, 0.5, 1.0, 2.0, 4.0)
+"""Of the even share: what a layer may get instead."""
+STEPS = (1.0, 0.75, 0.5, 0.35, 0.25, 0.175, 0.125, 0.0875, 0.0625)
+"""Shares at which the curve is measured on the way down."""
+
+
+def search_cache(
+    model: nn.Module,
+    target: Keep,
+    text: Text,
+    limit: Limit | None = None,
+    *,
+    tokenizer: Any | None = None,
+    out: str | os.PathLike[str] | None = None,
+    resume: bool = False,
+    tell: Callable[[str], Any] | None = None,
+) -> Curve:
+    """The cache that costs least quality within a share of the bytes. The model stays as it is.
+
+    In turn, each time at the bytes that are asked for: the policy and the bits, all of them tried;
+    how the tokens are spread over layers and heads (evenly, as a pyramid, by the scores, and by
+    what each layer was measured to need); then the best of them at every share on the way down.
+    Choices are made on one half of the text, the curve is measured on the other. Where the bound
+    on quality does not hold at the share that was asked for, the smallest share is chosen where it
+    does. Raises UnreachableError for a share under that of the sinks and the window,
+    UnsupportedModelError for a model that has no such cache.
+    """
+    search = _CacheSearch(model, target, limit, text, tell)
+    asked = {
+        "model": weights_hash(model),
+        "keep": str(target),
+        "quality": None if limit is None else str(limit),
+        "inputs": text.digests,
+    }
+    kept = Kept(out, asked, resume)
+    curve = kept.curve()
+    if curve is not None:
+        search.curve = curve
+    with evaluating(model):
+        while not search.curve.about.get("done"):
+            search.next()
+            kept.write(search.curve, model, tokenizer)
+    kept.finish(search.curve)
+    search.curve.model = model
+    return search.curve
+
+
+class _CacheSearch:
+    """Goes on from what the curve holds: settings tried so far, their losses, the points."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        target: Keep,
+        limit: Limit | None,
+        text: Text,
+        tell: Callable[[str], Any] | None,
+    ) -> None:
+        self.model, self.target, self.limit, self.text = model, target, limit, text
+        self.tell = tell or (lambda words: None)
+        look = view(model)
+        if look.unembedding is None or not look.causal or len(look.stacks) > 1:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} is no causal language model of one stack: it has no cache "
+                "to make smaller"
+            )
+        self.layers = len(look.layers)
+        self.width = 8 * next(model.parameters()).element_size()  # bits of a number
+        self.curve = Curve("kv", target.share, [])
+        self.curve.about["tried"] = {}
+        tokens = text.tokens
+        window = max(4, min(16, int(tokens * target.share) // 2))
+        self.usual = CacheSettings(window=window, sinks=min(4, window))
+        least = (self.usual.sinks + window) / tokens * min(_bytes(b, self.width) for b in BITS)
+        if target.share < least:
+            raise UnreachableError(
+                f"keep {target}: sinks and window ({self.usual.sinks} + {window} of {tokens} "
+                f"tokens) at {BITS[-1]} bits are kv={least:.4f}; ask for that or more, or measure "
+                "on longer texts (tokens=)",
+                least,
+            )
+
+    def next(self) -> None:
+        """One more thing that is measured."""
+        waiting = [s for s in self._candidates() if str(s) not in self._tried]
+        if waiting:
+            settings = waiting[0]
+            loss = self._loss(settings)
+            self._tried[str(settings)] = {"settings": settings.as_dict(), "loss": loss}
+            self.tell(f"{settings}: loss {loss:+.4f}")
+            return
+        best = self._best()
+        shares = [s for s in STEPS if s > self.target.share * 1.05] + [self.target.share]
+        if len(self.curve.points) < len(shares):
+            share = shares[len(self.curve.points)]
+            self._point(self._at(best, share))
+            return
+        self._choose(shares)
+
+    @property
+    def _tried(self) -> dict[str, Any]:
+        found: dict[str, Any] = self.curve.about["tried"]
+        return found
+
+    def _at(self, settings: CacheSettings, share: float) -> CacheSettings:
+        """The same in so many bytes; all tokens in full where there is room for them."""
+        if share >= 1:
+            return replace(settings, bits=None, share=1.0, shape="uniform", layers=())
+        tokens = min(1.0, share / _bytes(settings.bits, self.width))
+        if settings.layers:
+            even = sum(settings.layers) / self.layers
+            scaled = tuple(min(1.0, one * tokens / even) for one in settings.layers)
+            return replace(settings, share=tokens, layers=scaled)
+        return replace(settings, share=tokens)
+
+    def _candidates(self) -> list[CacheSettings]:
+        """What is tried next, in order; later stages build on the best of the earlier ones."""
+        first = []
+        for bits in BITS:
+            if bits is not None and bits >= self.width:
+                continue
+            for policy in POLICIES:
+                settings = self._at(
+                    replace(self.usual, policy=policy, bits=bits), self.target.share
+                )
+                first.append(settings)
+                if settings.share >= 1:
+                    break  # all tokens stay: no policy is asked
+        if any(str(s) not in self._tried for s in first):
+            return first
+        best = self._best()
+        if best.share >= 1:
+            return first
+        second = [replace(best, shape=shape, layers=()) for shape in ("pyramid", "adaptive")]
+        base = replace(best, shape="uniform", layers=())
+        if any(str(s) not in self._tried for s in second):
+            return first + second
+        return first + second + self._by_layer(base)
+
+    def _by_layer(self, base: CacheSettings) -> list[CacheSettings]:
+        """The share of each layer by what it was measured to need, once."""
+        if "by_layer" not in self.curve.about:
+            levels = sorted({min(1.0, base.share * level) for level in LEVELS})
+            rises = []
+            for layer in range(self.layers):
+                self.tell(f"what layer {layer} needs")
+                row = []
+                for level in levels:
+                    shares = [1.0] * self.layers
+                    shares[layer] = level
+                    row.append(self._loss(_layered(base, shares)))
+                rises.append(row)
+            self.curve.about["by_layer"] = spread(levels, rises, base.share)
+        return [_layered(base, self.curve.about["by_layer"])]
+
+    def _best(self) -> CacheSettings:
+        from headwise.compress.search.cache_settings import settings_of
+
+        known = min(self._tried.values(), key=lambda one: one["loss"])
+        return settings_of(known["settings"])
+
+    def _loss(self, settings: CacheSettings) -> float:
+        quality, _ = self._measured(settings, self.text.calibration)
+        return quality.loss_change
+
+    def _measured(
+        self, settings: CacheSettings, batches: Sequence[Examples]
+    ) -> tuple[Quality, float]:
+        """(quality, bytes of the cache at the end as a share of a full one's)"""
+        held: list[float] = []
+
+        def answers(model: nn.Module, batch: Examples) -> Tensor:
+            with cache_of(model, settings) as cache:
+                logits = read_with_cache(model, batch.inputs["input_ids"], cache)
+                held.append(cache.nbytes() / full_bytes(model, batch.inputs["input_ids"]))
+            return logits
+
+        quality = measure_quality(self.model, self.model, batches, answers)
+        return quality, sum(held) / len(held)
+
+    def _point(self, settings: CacheSettings) -> None:
+        began = time.perf_counter()
+        quality, share = self._measured(settings, self.text.held_out)
+        within = self.limit is None or self.limit.holds(
+            quality.loss, quality.loss_change, quality.agreement, quality.kl
+        )
+        words = (str(settings),) if self.curve.points else ()
+        self.curve.points.append(
+            Point({"kv": share}, quality, words, time.perf_counter() - began, within)
+        )
+        self.curve.about.setdefault("settings", []).append(settings.as_dict())
+        self.tell(f"kv={share:.3f}, loss {quality.loss_change:+.4f}, {settings}")
+
+    def _choose(self, shares: Sequence[float]) -> None:
+        inside = [n for n, point in enumerate(self.curve.points) if point.within]
+        chosen = inside[-1] if inside else 0
+        self.curve.chosen = chosen
+        self.curve.cache = self.curve.about["settings"][chosen]
+        last = chosen == len(shares) - 1
+        self.curve.about["done"] = "within the budget" if last else f"{self.limit} allows no less"
+
+
+def read_with_cache(model: nn.Module, ids: Tensor, cache: Any, piece: int = PIECE) -> Tensor:
+    """Logits `(batch, n - n // 2, vocabulary)` of the second half of `ids` `(batch, n)`, read in
+    pieces with the cache in force; the first half is the prompt."""
+    half = ids.shape[1] // 2
+    found = [model(input_ids=ids[:, :half], past_key_values=cache, use_cache=True).logits[:, :0]]
+    for start in range(half, ids.shape[1], piece):
+        part = ids[:, start : start + piece]
+        found.append(model(input_ids=part, past_key_values=cache, use_cache=True).logits)
+    return torch.cat(found, 1)
+
+
+def full_bytes(model: nn.Module, ids: Tensor) -> int:
+    """Of a cache that keeps everything as the model computes it."""
+    size = next(model.parameters()).element_size()
+    return sum(
+        ids.numel() * a.kv_heads * (a.key_weight().shape[1] + a.value_weight().shape[1]) * size
+        for a in view(model).attentions
+    )
+
+
+def _bytes(bits: int | None, width: int) -> float:
+    """Share of the bytes that numbers of so many bits take, with their scales, about."""
+    return 1.0 if bits is None else (bits + 1.0) / width
+
+
+def _layered(base: CacheSettings, shares: Sequence[float]) -> CacheSettings:
+    return replace(base, shape="by layer", layers=tuple(float(share) for share in shares))

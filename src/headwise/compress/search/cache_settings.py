@@ -1,0 +1,98 @@
+"""What makes a HeadCache, written down: plain numbers and names, for a file and for a search."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from torch import nn
+
+from headwise.compress.cache.budgets import Adaptive, Budget, PerHead, Pyramid, Uniform
+from headwise.compress.cache.head_cache import HeadCache
+from headwise.compress.cache.policies.accumulated_mass import AccumulatedMass
+from headwise.compress.cache.policies.key_norm import KeyNorm
+from headwise.compress.cache.policies.observation_window import ObservationWindow
+from headwise.compress.cache.policies.recency import SinksAndWindow
+from headwise.compress.cache.policies.reconstruction_error import ReconstructionError
+from headwise.compress.cache.policy import Policy
+
+POLICIES: dict[str, type[Policy]] = {
+    "sinks and window": SinksAndWindow,
+    "accumulated mass": AccumulatedMass,
+    "observation window": ObservationWindow,
+    "key norm": KeyNorm,
+    "reconstruction error": ReconstructionError,
+}
+SHAPES = ("uniform", "pyramid", "adaptive", "by layer")
+
+
+@dataclass(frozen=True)
+class CacheSettings:
+    """policy: of `POLICIES`. share: of the tokens seen that are kept, mean over rows. shape: of
+    `SHAPES`, how it is spread over layers and heads; layers: each layer's share, for "by layer".
+    bits: of keys and values, None as the model computes. sinks, window: tokens that always stay.
+    """
+
+    policy: str = "observation window"
+    share: float = 1.0
+    shape: str = "uniform"
+    layers: tuple[float, ...] = ()
+    bits: int | None = None
+    sinks: int = 4
+    window: int = 16
+
+    def __post_init__(self) -> None:
+        if self.policy not in POLICIES or self.shape not in SHAPES:
+            raise ValueError(
+                f"policy {self.policy!r}, shape {self.shape!r}: expected one of "
+                f"{', '.join(POLICIES)}, and one of {', '.join(SHAPES)}"
+            )
+
+    def __str__(self) -> str:
+        bits = "" if self.bits is None else f"{self.bits} bits, "
+        if self.share >= 1:
+            return f"{bits}all tokens"
+        return f"{bits}{self.policy}, {self.shape} {self.share:.3g} of the tokens"
+
+    def budget(self, kv_heads: int) -> Budget:
+        """What the cache is told to keep."""
+        amount = float(min(self.share, 1.0))
+        if self.shape == "pyramid" and amount < 1:
+            return Pyramid(amount, beta=4.0)
+        if self.shape == "adaptive" and amount < 1:
+            return Adaptive(amount)
+        if self.shape == "by layer":
+            return PerHead([[float(min(one, 1.0))] * kv_heads for one in self.layers])
+        return Uniform(amount)
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-able."""
+        return {**asdict(self), "layers": list(self.layers)}
+
+
+def settings_of(known: Mapping[str, Any]) -> CacheSettings:
+    """From JSON. Raises ValueError for what is no such record."""
+    names = {field.name for field in fields(CacheSettings)}
+    if set(known) - names:
+        raise ValueError(
+            f"cache settings with {', '.join(sorted(set(known) - names))}: expected "
+            f"{', '.join(sorted(names))}"
+        )
+    return CacheSettings(**{**known, "layers": tuple(known.get("layers", ()))})
+
+
+def cache_of(model: nn.Module, settings: CacheSettings | Mapping[str, Any]) -> HeadCache:
+    """An empty cache of these settings for the model."""
+    asked = settings if isinstance(settings, CacheSettings) else settings_of(settings)
+    from headwise.models import view
+
+    kv_heads = next(a.kv_heads for a in view(model).attentions)
+    return HeadCache(
+        model,
+        budget=asked.budget(kv_heads),
+        policy=POLICIES[asked.policy](),
+        bits=asked.bits,
+        sinks=asked.sinks,
+        window=asked.window,
+    )

@@ -1,0 +1,194 @@
+"""What could go next: heads, slices of channels, attentions, feed-forward parts, whole layers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from headwise.models import AttentionView, LayerView, ModelView, Site, UnsupportedModelError
+from headwise.models.projections import features_first
+from headwise.models.sites import Write
+from headwise.models.spots import down_projection
+
+KINDS = ("heads", "channels", "attention", "mlp", "layers")
+SLICE = 16
+"""A feed-forward part goes in so many slices."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Something that can be taken out at once.
+
+    kind: of `KINDS`. which: heads (of all that share one key-value head) or channels. parameters:
+    how many go with it. work: multiplications a token that go with it, at the length that was
+    asked about.
+    """
+
+    kind: str
+    layer: int
+    which: tuple[int, ...]
+    parameters: int
+    work: float
+
+    def __str__(self) -> str:
+        where = f"L{self.layer}"
+        if self.kind == "heads":
+            return " ".join(f"{where}H{head}" for head in self.which)
+        if self.kind == "channels":
+            return f"{where} {len(self.which)} channels"
+        return where if self.kind == "layers" else f"{where} {self.kind}"
+
+    def writes(self) -> dict[Site, Write]:
+        """What takes it out of a run, the tensors as large as before: how its price is measured.
+        Each write is handed the tensor at its site and changes it in place of a copy."""
+        if self.kind in ("heads", "channels"):
+            site = Site("heads" if self.kind == "heads" else "neurons", self.layer)
+            return {site: lambda there: without(there, self.which)}
+        kinds = ("attention", "mlp") if self.kind == "layers" else (self.kind,)
+        return {Site(kind, self.layer): lambda there: there * 0 for kind in kinds}
+
+
+def without(there: Tensor, which: Sequence[int]) -> Tensor:
+    """`(batch, n, parts, ...)` with some parts nothing."""
+    changed = there.clone()
+    changed[:, :, list(which)] = 0
+    return changed
+
+
+def candidates(
+    view: ModelView,
+    kinds: Sequence[str],
+    tokens: int,
+    channel_scores: Mapping[int, Tensor] | None = None,
+) -> list[Candidate]:
+    """Everything of these kinds that can go, with what it saves.
+
+    tokens: length of the inputs, for the work of attention. channel_scores: layer -> `(channels,)`;
+    the slice of a layer that is a candidate is that of its lowest scores. One group of heads of an
+    attention, one slice of a feed-forward part, one attention and one feed-forward part always
+    stay. Raises ValueError for kinds that are not in `KINDS`, UnsupportedModelError for a model of
+    several stacks.
+    """
+    _check(view, kinds)
+    parts = _parts(view, tokens)
+    attentions = sum(bool(part.groups) for part in parts)
+    feeds = sum(part.channels > 0 for part in parts)
+    found: list[Candidate] = []
+    for part in parts:
+        if "heads" in kinds and len(part.groups) > 1:
+            found += part.groups
+        if "attention" in kinds and part.groups and attentions > 1:
+            found.append(Candidate("attention", part.layer, (), *part.attention))
+        scores = (channel_scores or {}).get(part.layer)
+        size = -(-part.channels // SLICE)
+        if "channels" in kinds and scores is not None and part.channels > size:
+            lowest = scores.argsort()[:size].sort().values.tolist()
+            cost = part.per_channel * size
+            found.append(Candidate("channels", part.layer, tuple(lowest), cost, cost))
+        if "mlp" in kinds and part.channels and feeds > 1:
+            found.append(Candidate("mlp", part.layer, (), *part.feed))
+        last = (attentions == 1 and part.groups) or (feeds == 1 and part.channels)
+        if "layers" in kinds and len(parts) > 1 and not last:
+            both = [a + b for a, b in zip(part.attention, part.feed, strict=True)]
+            found.append(Candidate("layers", part.layer, (), int(both[0]), both[1]))
+    return found
+
+
+def removable(view: ModelView, kinds: Sequence[str], tokens: int) -> tuple[int, float]:
+    """(parameters, multiplications a token) that can go at most, all rounds together."""
+    _check(view, kinds)
+    gone, stays = [0.0, 0.0], []
+    for part in _parts(view, tokens):
+        sides = (("attention", "heads", part.attention, max(1, len(part.groups))),
+                 ("mlp", "channels", part.feed, SLICE))  # fmt: skip
+        kept = [0.0, 0.0]
+        for whole, sliced, cost, pieces in sides:
+            left = 1 / pieces if sliced in kinds else 1.0
+            for unit in range(2):
+                kept[unit] += cost[unit] * left
+                gone[unit] += cost[unit] * (1.0 if {whole, "layers"} & set(kinds) else 1 - left)
+        stays.append(kept)
+    if {"attention", "mlp", "layers"} & set(kinds) and stays:
+        gone = [total - min(kept[unit] for kept in stays) for unit, total in enumerate(gone)]
+    return max(0, int(gone[0])), max(0.0, gone[1])
+
+
+def sizes(view: ModelView) -> list[tuple[int, int]]:
+    """(heads, channels) of every layer, 0 where a layer has no such part."""
+    return [
+        (sum(a.heads for a in layer.attentions if a.kind == "self"), _feed(layer)[1])
+        for layer in view.layers
+    ]
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """A layer's groups of heads and its channels, and what all of them take."""
+
+    layer: int
+    groups: list[Candidate]
+    per_channel: int
+    channels: int
+
+    @property
+    def attention(self) -> tuple[int, float]:
+        return sum(g.parameters for g in self.groups), sum(g.work for g in self.groups)
+
+    @property
+    def feed(self) -> tuple[int, float]:
+        return self.per_channel * self.channels, float(self.per_channel * self.channels)
+
+
+def _parts(view: ModelView, tokens: int) -> list[_Parts]:
+    found = []
+    for layer in view.layers:
+        own = [a for a in layer.attentions if a.kind == "self" and a.heads]
+        groups = _groups(own[0], tokens) if own else []
+        found.append(_Parts(layer.index, groups, *_feed(layer)))
+    return found
+
+
+def _check(view: ModelView, kinds: Sequence[str]) -> None:
+    if not kinds or set(kinds) - set(KINDS):
+        raise ValueError(f"kinds={list(kinds)}: expected some of {', '.join(KINDS)}")
+    if len(view.stacks) > 1:
+        raise UnsupportedModelError(
+            f"{type(view.model).__name__} has the stacks {', '.join(view.stacks)}; the search "
+            "works on models of one, compress.prune_heads and drop_layers on each of them"
+        )
+
+
+def _groups(attention: AttentionView, tokens: int) -> list[Candidate]:
+    """Heads by key-value head: with a group its keys and values go, and the rest stays regular."""
+    per_group = attention.heads // attention.kv_heads
+    query, key = attention.query_weight(), attention.key_weight()
+    value, output = attention.value_weight(), attention.output_weight()
+    parameters = per_group * (query[0].numel() + output[0].numel())
+    parameters += key[0].numel() + value[0].numel()
+    seen = tokens / 2 if attention.causal else tokens
+    mixing = per_group * seen * (query.shape[1] + value.shape[1])
+    return [
+        Candidate(
+            "heads",
+            attention.layer,
+            tuple(range(group * per_group, (group + 1) * per_group)),
+            parameters,
+            parameters + mixing,
+        )
+        for group in range(attention.kv_heads)
+    ]
+
+
+def _feed(layer: LayerView) -> tuple[int, int]:
+    """(parameters of one channel, channels) of a plain feed-forward part, (0, 0) of another."""
+    if layer.mlp is None:
+        return 0, 0
+    try:
+        down = down_projection(layer)
+    except UnsupportedModelError:
+        return 0, 0
+    channels = features_first(down).shape[1]
+    weights = [p for p in layer.mlp.parameters() if p.dim() == 2 and channels in p.shape]
+    return sum(p.numel() // channels for p in weights), channels

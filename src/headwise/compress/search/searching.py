@@ -1,0 +1,285 @@
+"""`shrink`: from a budget to a smaller model, step by step along a measured curve."""
+
+from __future__ import annotations
+
+import copy
+import os
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from headwise.compress.search.asking import Text, read_text
+from headwise.compress.search.candidates import KINDS, Candidate, candidates, removable, sizes
+from headwise.compress.search.curve import Curve, Point, summary
+from headwise.compress.search.kept import Kept
+from headwise.compress.search.prices import prices
+from headwise.compress.search.quality import measure_quality
+from headwise.compress.search.rounds import pick, take_out
+from headwise.compress.search.targets import Keep, Limit, UnreachableError
+from headwise.compress.search.timing import share_of_time
+from headwise.compress.structure.channels import channel_scores
+from headwise.compress.structure.costs import Cost, cost
+from headwise.compress.structure.recovery import compensate
+from headwise.instruments.run import evaluating
+from headwise.models import view
+from headwise.models.identity import weights_hash
+
+__all__ = ["shrink"]
+
+Tell = Callable[[str], Any]
+
+
+def shrink(
+    model: nn.Module,
+    keep: Any,
+    inputs: Any = None,
+    *,
+    quality: Limit | str | None = None,
+    kinds: Sequence[str] = KINDS,
+    rounds: int = 12,
+    recover: bool = True,
+    distil: float = 0.0,
+    tokens: int | None = None,
+    windows: int | None = None,
+    batch_size: int = 8,
+    repeats: int = 7,
+    tokenizer: Any | None = None,
+    processor: Any | None = None,
+    out: str | os.PathLike[str] | None = None,
+    resume: bool = False,
+    tell: Tell | None = None,
+    seed: int = 0,
+) -> Curve:
+    """A smaller copy of a model within a budget, and the curve of how it came there.
+
+        curve = shrink(model, {"params": 0.7}, text, tokenizer=tok, quality="loss<=+0.05")
+        curve.model, curve.best
+
+    keep: the share that may be left, as {"params": 0.7}, "time=0.6" (of a forward pass over one
+    window, measured beside the original in turns) or "kv=0.25" (bytes of the key-value cache: the
+    model stays, and `curve.cache` says which HeadCache to use; see `cache_search`).
+
+    In each of about `rounds` rounds every candidate is priced (the rise of the loss without it
+    alone, exactly) on one half of the text; the ones that cost least for what they save are taken
+    out, tensors sliced; with `recover` the matrices behind are fitted to the original's outputs on
+    the same half (closed form); and the model is measured on the other half. kinds: of what
+    candidates are, from "heads" (groups that share a key-value head), "channels", "attention",
+    "mlp" and "layers". quality: a bound, see `Limit`; a round that breaks it is tried again with
+    half of its candidates, down to one. distil: seconds of training on the original's answers at
+    the end (0: none).
+
+    inputs, tokens, windows, tokenizer, processor: as in `headwise.see`, cut into windows (8 of 256
+    tokens unless told otherwise); every other one is held out. out: a folder, in which curve.json
+    and the model are kept after every round; with `resume` an interrupted search goes on there.
+
+    The model itself is left as it is. Raises UnreachableError, before anything is changed, for a
+    budget under what these kinds can reach, with the smallest share that can be; ValueError for
+    anything else that cannot be. Where the bound on quality ends the search earlier, the curve's
+    `met` is False and its model the smallest within the bound.
+    """
+    target = Keep.read(keep)
+    limit = None if quality is None else Limit.read(quality)
+    if rounds < 1 or repeats < 1 or distil < 0:
+        raise ValueError(
+            f"rounds={rounds}, repeats={repeats}, distil={distil}: expected 1 or more, and no "
+            "negative time"
+        )
+    text = read_text(model, inputs, tokenizer, processor, tokens, windows, batch_size)
+    if target.what == "kv":
+        from headwise.compress.search.cache_search import search_cache
+
+        return search_cache(
+            model, target, text, limit, tokenizer=tokenizer, out=out, resume=resume, tell=tell
+        )
+    search = _Search(model, target, limit, text, tuple(kinds), rounds, recover, repeats, seed, tell)
+    kept = Kept(out, search.asked(distil), resume)
+    curve = kept.curve()
+    if curve is None:
+        search.begin()
+        kept.write(search.curve, search.current, tokenizer)
+    else:
+        search.go_on(curve, kept.model(model))
+    with evaluating(search.current):
+        while not search.curve.about.get("done"):
+            search.round()
+            kept.write(search.curve, search.current, tokenizer)
+    if distil and not search.curve.about.get("distilled"):
+        search.distil(distil)
+        kept.write(search.curve, search.current, tokenizer)
+    kept.finish(search.curve)
+    search.curve.model = search.current
+    return search.curve
+
+
+class _Search:
+    """The state of one search: the original, the smallest model so far, and the curve."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        target: Keep,
+        limit: Limit | None,
+        text: Text,
+        kinds: tuple[str, ...],
+        rounds: int,
+        recover: bool,
+        repeats: int,
+        seed: int,
+        tell: Tell | None,
+    ) -> None:
+        self.original, self.target, self.limit, self.text = model, target, limit, text
+        self.kinds, self.rounds, self.recover, self.repeats = kinds, rounds, recover, repeats
+        self.seed = seed
+        self.tell = tell or (lambda words: None)
+        self.current = model
+        self.curve = Curve(target.what, target.share, [])
+        self.first = cost(model, text.tokens)
+        gone = removable(view(model), kinds, text.tokens)
+        counted = self.first.parameters if target.what == "params" else self._work(self.first)
+        reachable = 1 - gone[target.what != "params"] / counted
+        if target.share < reachable:
+            raise UnreachableError(
+                f"keep {target}: taking out all of {', '.join(kinds)} that can go leaves "
+                f"{target.what}={reachable:.3f}"
+                + (", estimated by operations" if target.what == "time" else "")
+                + "; ask for that or more, or allow other kinds",
+                reachable,
+            )
+
+    def asked(self, distil: float) -> dict[str, Any]:
+        """What makes this search this one: with anything else an interrupted one is another."""
+        return {
+            "model": weights_hash(self.original),
+            "keep": str(self.target),
+            "quality": None if self.limit is None else str(self.limit),
+            "kinds": list(self.kinds),
+            "rounds": self.rounds,
+            "recover": self.recover,
+            "distil": distil,
+            "inputs": self.text.digests,
+            "tokens": self.text.tokens,
+            "seed": self.seed,
+        }
+
+    def begin(self) -> None:
+        """The original is the first point; from here on a copy is worked on."""
+        torch.manual_seed(self.seed)
+        self.current = copy.deepcopy(self.original).eval()
+        self.curve.original = {
+            "params": float(self.first.parameters),
+            "bytes": float(self.first.bytes),
+            "flops": float(self.first.flops),
+            "kv": float(self.first.cache_bytes_per_token),
+        }
+        self.curve.about["layers"] = [
+            {"layer": number, "heads": heads, "channels": channels}
+            for number, (heads, channels) in enumerate(sizes(view(self.original)))
+        ]
+        self.curve.about["numbers"] = list(range(len(self.curve.about["layers"])))
+        point = self._measured(self.original, (), 0.0)
+        self.curve.points.append(point)
+        if point.left[self.target.what] <= self.target.share:
+            self.curve.about["done"] = "within the budget"
+
+    def go_on(self, curve: Curve, model: nn.Module) -> None:
+        """With what an interrupted search left."""
+        self.curve, self.current = curve, model.eval()
+
+    def round(self) -> None:
+        """Price, take out, fit, measure; one more point, or the end."""
+        began = time.perf_counter()
+        what, number = self.target.what, len(self.curve.points)
+        look = view(self.current)
+        scores = channel_scores(look, self.text.calibration) if "channels" in self.kinds else None
+        given = candidates(look, self.kinds, self.text.tokens, scores)
+        if not given:
+            self._end("nothing is left that can go")
+            return
+        self.tell(f"round {number}: pricing {len(given)} candidates")
+        price = prices(look, self.text.calibration, given)
+        chosen = pick(given, price, what, self._need(), look)
+        before = self.current
+        while chosen:
+            self.current = copy.deepcopy(before)
+            self._take(chosen)
+            words = tuple(str(one) for one in chosen)
+            point = self._measured(self.current, words, time.perf_counter() - began)
+            self.curve.points.append(point)
+            self.tell(
+                f"round {number}: {what}={point.left[what]:.3f}, loss "
+                f"{point.quality.loss_change:+.4f}, without {summary(words)}"
+            )
+            if point.within:
+                self.curve.chosen = len(self.curve.points) - 1
+                self._count(chosen)
+                if point.left[what] <= self.target.share:
+                    self._end("within the budget")
+                return
+            self.current = before
+            chosen = chosen[: len(chosen) // 2]
+        self._end(f"{self.limit} allows no further step" if given else "nothing is left")
+
+    def distil(self, seconds: float) -> None:
+        """Train the chosen model on the original's answers; kept where that made it better."""
+        from headwise.compress.structure.distillation import distil
+
+        self.tell(f"distilling for {seconds:g} s")
+        trained = copy.deepcopy(self.current)
+        began = time.perf_counter()
+        distil(trained, self.original, self.text.calibration, seconds=seconds, seed=self.seed)
+        words = (f"distilled for {seconds:g} s",)
+        point = self._measured(trained, words, time.perf_counter() - began)
+        self.curve.points.append(point)
+        self.curve.about["distilled"] = True
+        if point.quality.loss <= self.curve.best.quality.loss:
+            self.curve.chosen, self.current = len(self.curve.points) - 1, trained
+
+    def _take(self, chosen: Sequence[Candidate]) -> None:
+        take_out(self.current, chosen)
+        if self.recover:
+            compensate(self.current, self.original, self.text.calibration)
+
+    def _count(self, chosen: Sequence[Candidate]) -> None:
+        """What is left of every layer of the original, under its number there."""
+        about = self.curve.about
+        gone = {one.layer for one in chosen if one.kind == "layers"}
+        about["numbers"] = [name for at, name in enumerate(about["numbers"]) if at not in gone]
+        left = dict(zip(about["numbers"], sizes(view(self.current)), strict=True))
+        for row in about["layers"]:
+            row["heads_left"], row["channels_left"] = left.get(row["layer"], (0, 0))
+
+    def _need(self) -> float:
+        """What this round has to save, in the unit of `saved`."""
+        what = self.target.what
+        left = self.curve.best.left[what]
+        whole = self.first.parameters if what == "params" else self._work(self.first)
+        step = (1 - self.target.share) / self.rounds
+        return min(step, max(left - self.target.share, 0.0)) * whole
+
+    def _work(self, known: Cost) -> float:
+        """Multiplications a token."""
+        return known.flops / 2 / self.text.tokens
+
+    def _measured(self, model: nn.Module, took: tuple[str, ...], seconds: float) -> Point:
+        now = cost(model, self.text.tokens)
+        found = measure_quality(model, self.original, self.text.held_out)
+        ratio, _, theirs = share_of_time(model, self.original, self.text.held_out[0], self.repeats)
+        left = {
+            "params": now.parameters / self.first.parameters,
+            "bytes": now.bytes / self.first.bytes,
+            "flops": now.flops / self.first.flops,
+            "time": 1.0 if model is self.original else ratio,
+        }
+        if self.first.cache_bytes_per_token:
+            left["kv"] = now.cache_bytes_per_token / self.first.cache_bytes_per_token
+        self.curve.original.setdefault("seconds", theirs)
+        within = self.limit is None or self.limit.holds(
+            found.loss, found.loss_change, found.agreement, found.kl
+        )
+        return Point(left, found, took, seconds, within)
+
+    def _end(self, why: str) -> None:
+        self.curve.about["done"] = why
