@@ -46,4 +46,10 @@ EXPORTS: dict[str, str] = {
     "Thresholded": "headwise.compress.bits.thresholded",
     "ThresholdActivations": "headwise.compress.bits.thresholds",
     "threshold_activations": "headwise.compress.bits.thresholds",
+    "distil": "headwise.compress.structure.distillation",
+    "Distilled": "headwise.compress.structure.distillation",
+    "Coding": "headwise.compress.cache.quantised",
+    "Quantised": "headwise.compress.cache.quantised",
+    "LayerBits": "headwise.compress.cache.layer_bits",
+    "cache_sensitivity": "headwise.compress.cache.layer_bits",
 }
