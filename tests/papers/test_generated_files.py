@@ -20,7 +20,7 @@ from headwise.papers import Entry, load
 from headwise.papers.catalog import HERE, read
 from tests.papers.catalogued import every_file, imported, readable
 
-ROOMS = ("maps", "parts", "models", "edits", "instruments", "tasks", "train", "papers")
+ROOMS = ("maps", "parts", "models", "edits", "instruments", "compress", "tasks", "train", "papers")
 """What a paper may use: the rooms below, and the catalog's own core."""
 CORE = {"torch", "numpy", "safetensors", "rich"}
 LIST = Path(__file__).resolve().parents[3] / "shared" / "papers.jsonl"
