@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from headwise.compress.step import Step, take
 from headwise.compress.structure.built import BuiltCut, carry_out_built, plan_built
+from headwise.compress.structure.real import real_tokens
 from headwise.compress.structure.relative import move_table, own_zeros, takes_relative_bias
 from headwise.compress.structure.surgery import Cut, carry_out, plan
 from headwise.instruments.examples import model_view, read_examples
@@ -205,15 +206,6 @@ def _mean_outputs(
                 sums[a] = sums.get(a, 0) + torch.einsum("bnhd,bn->hd", out, real)
                 counts[a] += float(real.sum())
     return {a: sums[a] / max(1.0, counts[a]) for a in attentions}
-
-
-def real_tokens(given: dict[str, Tensor], stack: str, shape: Any) -> Tensor:
-    """1 where a token `(batch, n)` is real, as far as the inputs say."""
-    first = "decoder_attention_mask" if "decoder_input_ids" in given else "attention_mask"
-    name = first if stack == "decoder" else "attention_mask"
-    mask = given.get(name)
-    fits = mask is not None and mask.shape == tuple(shape)
-    return mask.bool() if mask is not None and fits else torch.ones(tuple(shape), dtype=torch.bool)
 
 
 def _constant(
