@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from headwise.lazy import names_of
 
 if TYPE_CHECKING:
+    from headwise.compress import shrink
     from headwise.edits import swap
     from headwise.instruments import Atlas, see
     from headwise.maps import AttentionMap, attend
@@ -17,6 +18,7 @@ __version__ = "0.1.0"
 
 # name -> the room that defines it
 _EXPORTS = {
+    "shrink": "headwise.compress",
     "Atlas": "headwise.instruments",
     "see": "headwise.instruments",
     "AttentionMap": "headwise.maps",
@@ -26,7 +28,17 @@ _EXPORTS = {
     "swap": "headwise.edits",
 }
 
-__all__ = ["Atlas", "AttentionMap", "__version__", "attend", "observe", "see", "swap", "view"]
+__all__ = [
+    "Atlas",
+    "AttentionMap",
+    "__version__",
+    "attend",
+    "observe",
+    "see",
+    "shrink",
+    "swap",
+    "view",
+]
 
 
 __getattr__, __dir__ = names_of(__name__, _EXPORTS, ("__version__",))

@@ -24,7 +24,7 @@ from headwise.compress.structure.channels import channel_scores
 from headwise.compress.structure.costs import Cost, cost
 from headwise.compress.structure.recovery import compensate
 from headwise.instruments.run import evaluating
-from headwise.models import view
+from headwise.models import UnsupportedModelError, view
 from headwise.models.identity import weights_hash
 
 __all__ = ["shrink"]
@@ -239,8 +239,18 @@ class _Search:
 
     def _take(self, chosen: Sequence[Candidate]) -> None:
         take_out(self.current, chosen)
+        gone = {one.layer for one in chosen if one.kind == "layers"}
+        layers = [name for at, name in enumerate(self.curve.about["numbers"]) if at not in gone]
         if self.recover:
-            compensate(self.current, self.original, self.text.calibration)
+            self._recover(layers)
+
+    def _recover(self, layers: list[int]) -> None:
+        """layers: which of the original's each layer that is left was."""
+        given = [batch.inputs for batch in self.text.calibration]
+        try:
+            compensate(self.current, self.original, given, layers=layers)
+        except UnsupportedModelError:  # post-norm: attention and MLP do not add up
+            compensate(self.current, self.original, given, target="output", layers=layers)
 
     def _count(self, chosen: Sequence[Candidate]) -> None:
         """What is left of every layer of the original, under its number there."""
