@@ -60,4 +60,6 @@ EXPORTS: dict[str, str] = {
     "PruneChannels": "headwise.compress.structure.channels",
     "channel_scores": "headwise.compress.structure.channels",
     "prune_channels": "headwise.compress.structure.channels",
+    "Sensitivity": "headwise.compress.bits.sensitivities",
+    "sensitivity": "headwise.compress.bits.sensitivities",
 }
