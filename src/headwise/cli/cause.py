@@ -90,20 +90,15 @@ def _measure(
     progress: Progress,
 ) -> "Atlas":
     """The atlas with the effects; atlas and report are in the folder when this returns."""
-    from headwise.cli.loading import load_as_told
+    from headwise.cli.loading import load_to_answer
 
-    loaded = load_as_told(source, options, progress)
+    loaded = load_to_answer(source, options, progress)
 
     # After the load, which tells what it does before it imports torch.
     from headwise.instruments import ablation
     from headwise.instruments.cause_tables import beside
     from headwise.report import write
 
-    if loaded.unset:
-        raise UserError(
-            f"{len(loaded.unset)} weights outside the layers are not in the files (such as "
-            f"{loaded.unset[0]}): the answers of this model, and so all effects, would be random"
-        )
     tokens = min(options.tokens, loaded.positions or options.tokens)
     if texts is None:
         check_tokens(tokens, loaded, source.name, progress)

@@ -22,9 +22,9 @@ def run(options: argparse.Namespace) -> int:
     source = model_source(options.model, options.gguf_file)
     texts = read_texts(options.text) if options.text else None
     with Progress(quiet=options.quiet) as progress:
-        from headwise.cli.loading import load_as_told
+        from headwise.cli.loading import load_to_answer
 
-        loaded = load_as_told(source, options, progress)
+        loaded = load_to_answer(source, options, progress)
 
         # After the load, which tells what it does before it imports torch.
         from headwise.edits import Patch

@@ -30,6 +30,20 @@ class Loaded:
     unset: tuple[str, ...]
 
 
+def load_to_answer(source: ModelSource, options: argparse.Namespace, progress: Progress) -> Loaded:
+    """`load_as_told` for commands that ask what the model answers.
+
+    Raises UserError for a model of whose head the files say nothing: its answers would be random.
+    """
+    loaded = load_as_told(source, options, progress)
+    if loaded.unset:
+        raise UserError(
+            f"{len(loaded.unset)} weights outside the layers are not in the files (such as "
+            f"{loaded.unset[0]}): the answers of this model, and so all effects, would be random"
+        )
+    return loaded
+
+
 def load_as_told(source: ModelSource, options: argparse.Namespace, progress: Progress) -> Loaded:
     """`load` by the options that `add_loading` adds, on as many threads as they say."""
     progress.note(f"loading {source.name}")

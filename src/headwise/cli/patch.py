@@ -25,9 +25,9 @@ def run(options: argparse.Namespace) -> int:
     if options.circuit is not None and not options.circuit > 0:
         raise UserError(f"--circuit {options.circuit}: expected a share above 0, such as 0.1")
     with Progress(quiet=options.quiet) as progress:
-        from headwise.cli.loading import load_as_told
+        from headwise.cli.loading import load_to_answer
 
-        loaded = load_as_told(source, options, progress)
+        loaded = load_to_answer(source, options, progress)
         table, circuit, labels = _measure(options, loaded, prompts, progress)
     print(told(source.name, table, options.top))
     if circuit is not None:

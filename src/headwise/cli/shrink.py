@@ -21,14 +21,9 @@ def run(options: argparse.Namespace) -> int:
     texts = read_texts(options.text) if options.text else None
     out = _folder(options, source)
     with Progress(quiet=options.quiet) as progress:
-        from headwise.cli.loading import load_as_told
+        from headwise.cli.loading import load_to_answer
 
-        loaded = load_as_told(source, options, progress)
-        if loaded.unset:
-            raise UserError(
-                f"{len(loaded.unset)} weights outside the layers are not in the files (such as "
-                f"{loaded.unset[0]}): the answers of this model, and so all prices, would be random"
-            )
+        loaded = load_to_answer(source, options, progress)
         # After the load, which tells what it does before it imports torch.
         from headwise.compress.search.searching import shrink
         from headwise.instruments.provenance import command_line

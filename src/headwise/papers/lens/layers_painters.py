@@ -191,8 +191,7 @@ def untrained(seed: int) -> Decoder:
 @cache
 def trained(seed: int) -> Decoder:
     model = untrained(seed)
-    with torch.enable_grad():
-        fit(model, data(), steps=200, size=16, rate=3e-3, seed=seed)
+    fit(model, data(), steps=200, size=16, rate=3e-3, seed=seed)
     return model.eval()
 
 
