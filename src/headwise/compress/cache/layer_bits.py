@@ -165,7 +165,8 @@ def least_error(
 
     errors: `(layers, choices)`; costs: `(choices,)` or `(layers, choices)`. Exact, by dynamic
     programming over the sums that are not beaten (few where costs are whole numbers, as bits
-    are; `headwise.compress.allocate` is an integer program for costs of any kind). Raises ValueError, with the least cost there is, where nothing is within the budget.
+    are; `headwise.compress.allocate` is an integer program for costs of any kind).
+    Raises ValueError, with the least cost there is, where nothing is within the budget.
     """
     table = np.asarray(errors, dtype=np.float64)
     prices = np.broadcast_to(np.asarray(costs, dtype=np.float64), table.shape)
