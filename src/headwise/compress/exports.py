@@ -1,6 +1,9 @@
 """Public name -> the module of this room that defines it."""
 
 EXPORTS: dict[str, str] = {
+    "replace_heads": "headwise.compress.structure.recurrent_heads",
+    "recency_ratio": "headwise.compress.structure.recurrent_heads",
+    "most_recent": "headwise.compress.structure.recurrent_heads",
     "similar_block": "headwise.compress.structure.shared_maps",
     "share_attention": "headwise.compress.structure.shared_maps",
     "map_similarity": "headwise.compress.structure.shared_maps",
