@@ -21,11 +21,14 @@ STEPS: dict[str, str] = {
     "prune_channels": "headwise.compress.structure.channels.PruneChannels",
     "reduce_tokens": "headwise.compress.tokens.reducing.ReduceTokens",
     "drop_layers": "headwise.compress.structure.layers.DropLayers",
+    "replace_heads": "headwise.compress.structure.recurrent_heads.ReplaceHeads",
     "share_attention": "headwise.compress.structure.shared_maps.ShareAttention",
     "factorise": "headwise.compress.structure.low_rank.Factorise",
     "quantise": "headwise.compress.bits.weights.Quantise",
     "add_bias": "headwise.compress.structure.biases.AddBias",
     "threshold_activations": "headwise.compress.bits.thresholds.ThresholdActivations",
+    "bit_linears": "headwise.compress.bits.ternary.BitLinears",
+    "pack_bits": "headwise.compress.bits.packed.PackBits",
 }
 """Name of a step in a manifest -> the class that does it. Nothing else is ever imported."""
 

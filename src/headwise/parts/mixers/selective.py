@@ -19,12 +19,13 @@ class SelectiveSSM(Recurrent):
     splits into u and a gate z; u passes a short convolution, then h_t = exp(dt A) h_{t-1} +
     dt B_t u_t, y_t = C_t h_t + D u_t, with dt, B and C made from u; out = W_O (y * silu(z)).
 
-    There are no heads: `heads` is taken for the common interface and must be positive. `states`:
-    numbers per channel. `conv`: width of the convolution. `rank`: of the matrix that makes dt,
-    default dim / 16. dt starts between `dt_range`. Weights are named and shaped as in the Mamba of
-    transformers, but for conv1d, which is conv here.
+    There are no heads: `heads` is taken for the common interface and must be positive. `channels`:
+    width of u and z, where it is not expand * dim. `states`: numbers per channel. `conv`: width of
+    the convolution. `rank`: of the matrix that makes dt, default dim / 16. dt starts between
+    `dt_range`. Weights are named and shaped as in the Mamba of transformers, but for conv1d, which
+    is conv here.
 
-    State: `(batch, states, expand * dim)` and the last `conv - 1` inputs of the convolution.
+    State: `(batch, states, channels)` and the last `conv - 1` inputs of the convolution.
     """
 
     def __init__(
@@ -39,9 +40,11 @@ class SelectiveSSM(Recurrent):
         dt_range: tuple[float, float] = (0.001, 0.1),
         bias: bool = False,
         chunk: int = CHUNK,
+        channels: int | None = None,
     ) -> None:
         super().__init__(dim, heads, causal)
-        self.channels, self.states, self.chunk = expand * dim, states, chunk
+        self.channels = expand * dim if channels is None else channels
+        self.states, self.chunk = states, chunk
         self.rank = math.ceil(dim / 16) if rank is None else rank
         self.in_proj = nn.Linear(dim, 2 * self.channels, bias=bias)
         self.conv = ShortConv(self.channels, conv)
@@ -79,7 +82,8 @@ class SelectiveSSM(Recurrent):
 
     @classmethod
     def examples(cls, dim: int, heads: int, causal: bool) -> tuple[Self, ...]:
-        return (cls(dim, heads, states=4), cls(dim, heads, conv=2, expand=1)) if causal else ()
+        kinds = cls(dim, heads, states=4), cls(dim, heads, conv=2, expand=1), cls(dim, channels=6)
+        return kinds if causal else ()
 
 
 def pace(count: int, least: float, most: float) -> Tensor:
