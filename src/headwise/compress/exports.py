@@ -76,4 +76,8 @@ EXPORTS: dict[str, str] = {
     "SharedLayers": "headwise.compress.cache.shared_layers",
     "Sharing": "headwise.compress.cache.shared_layers",
     "find_sharing": "headwise.compress.cache.shared_layers",
+    "DropLayers": "headwise.compress.structure.layers",
+    "drop_layers": "headwise.compress.structure.layers",
+    "Cost": "headwise.compress.structure.costs",
+    "cost": "headwise.compress.structure.costs",
 }

@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from headwise.compress.bits.integers import integer_product, token_codes
-from headwise.compress.bits.quantised_linear import QuantisedLinear, packed_product
+from headwise.compress.bits.integers import integer_product, packed_product, token_codes
+from headwise.compress.bits.quantised_linear import QuantisedLinear
 from headwise.compress.bits.rounding import round_to_nearest, rounded
 from headwise.compress.cache.packing import pack
 

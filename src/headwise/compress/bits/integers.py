@@ -8,11 +8,12 @@ instructions.
 from __future__ import annotations
 
 from functools import cache
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-__all__ = ["integer_product", "token_codes"]
+__all__ = ["Coded", "integer_product", "packed_product", "product", "token_codes"]
 
 
 def token_codes(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -42,6 +43,52 @@ def integer_product(x: Tensor, weight: Tensor) -> Tensor:
         return torch._int_mm(filled, weight.t())[:rows]
     wide = torch.float32 if x.device.type == "mps" else torch.float64
     return (x.to(wide) @ weight.to(wide).t()).to(torch.int32)
+
+
+def packed_product(x: Tensor, packed: Tensor, bits: int) -> Tensor:
+    """x `(rows, in)` int8 with codes packed by `pack` `(out, in)` -> `(rows, out)` int32, exact.
+
+    Codes that share a byte lie a whole run apart, so each lane of the bytes is a matrix of its own
+    that meets its own run of x; the unpacked weight is never put together.
+    """
+    per, top = 8 // bits, 2**bits - 1
+    run = packed.shape[1]
+    x = torch.nn.functional.pad(x, (0, per * run - x.shape[1]))
+    total: Tensor | None = None
+    for lane, part in enumerate(x.split(run, 1)):
+        codes = packed if lane == 0 else packed >> (lane * bits)
+        made = integer_product(part, (codes & top).view(torch.int8))
+        total = made if total is None else total.add_(made)
+    assert total is not None
+    return total
+
+
+class Coded(Protocol):
+    """A layer of codes: its product, and the product with the weight's transpose."""
+
+    def product(self, x: Tensor) -> Tensor: ...
+
+    def back(self, gradient: Tensor) -> Tensor: ...
+
+
+def product(x: Tensor, layer: Coded) -> Tensor:
+    """`layer.product(x)`, which gives x a gradient (straight through what is rounded) and keeps
+    nothing of the float weight for it."""
+    if x.requires_grad and torch.is_grad_enabled():
+        made: Tensor = _Product.apply(x, layer)
+        return made
+    return layer.product(x)
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: Coded) -> Tensor:
+        ctx.layer = layer
+        return layer.product(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return ctx.layer.back(gradients[0]), None
 
 
 @cache

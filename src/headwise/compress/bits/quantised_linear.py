@@ -7,7 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from headwise.compress.bits.integers import integer_product, token_codes
+from headwise.compress.bits.integers import (
+    integer_product,
+    packed_product,
+    product,
+    token_codes,
+)
 from headwise.compress.bits.rounding import BITS, Rounded, check_group, decoded
 from headwise.compress.cache.packing import pack, packed_size, unpack
 
@@ -96,10 +101,7 @@ class QuantisedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         flat = x.reshape(-1, self.in_features)
-        if flat.requires_grad and torch.is_grad_enabled():
-            made = _Product.apply(flat, self)
-        else:
-            made = self.product(flat)
+        made = product(flat, self)
         if self.bias is not None:
             made = made + self.bias
         return made.view(*x.shape[:-1], self.out_features)
@@ -142,24 +144,6 @@ class QuantisedLinear(nn.Module):
         )
 
 
-def packed_product(x: Tensor, packed: Tensor, bits: int) -> Tensor:
-    """x `(rows, in)` int8 with codes packed by `pack` `(out, in)` -> `(rows, out)` int32, exact.
-
-    Codes that share a byte lie a whole run apart, so each lane of the bytes is a matrix of its own
-    that meets its own run of x; the unpacked weight is never put together.
-    """
-    per, top = 8 // bits, 2**bits - 1
-    run = packed.shape[1]
-    x = torch.nn.functional.pad(x, (0, per * run - x.shape[1]))
-    total: Tensor | None = None
-    for lane, part in enumerate(x.split(run, 1)):
-        codes = packed if lane == 0 else packed >> (lane * bits)
-        made = integer_product(part, (codes & top).view(torch.int8))
-        total = made if total is None else total.add_(made)
-    assert total is not None
-    return total
-
-
 def check_form(width: int, bits: int, group: int | None, activations: str) -> None:
     """Raises ValueError for a layer that cannot be."""
     if bits not in BITS:
@@ -177,16 +161,3 @@ def check_form(width: int, bits: int, group: int | None, activations: str) -> No
 def _has_fast_kernel(x: Tensor) -> bool:
     # torch's kernel for bfloat16 wins for a few tokens and loses for many
     return x.dtype == torch.bfloat16 and x.device.type == "cpu" and 0 < len(x) <= 8
-
-
-class _Product(torch.autograd.Function):
-    """The product with a gradient for x, that keeps nothing of the float weight."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, layer: QuantisedLinear) -> Tensor:
-        ctx.layer = layer
-        return layer.product(x)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return ctx.layer.back(gradients[0]), None
