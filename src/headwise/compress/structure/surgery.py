@@ -6,9 +6,10 @@ import ast
 import inspect
 import textwrap
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from headwise.compress.structure.counts import say_counts
 from headwise.compress.structure.groups import caches_of, read_equally, read_unequally
@@ -91,7 +92,7 @@ def carry_out(cut: Cut, bias: bool, model: nn.Module) -> None:
     if bias:
         add_bias(output, width)
     if not cut.queries:
-        _take_out(cut, model)
+        take_out(model, view, output, biased=True)
         return
     rows: dict[int, tuple[nn.Module, list[int]]] = {}
     for part, kept in ((found.query, cut.queries), (found.key, cut.keys), (found.value, cut.keys)):
@@ -125,21 +126,21 @@ def _rows(part: Part, heads: list[int]) -> list[int]:
     return [start + i for start in starts for i in range(size)]
 
 
-def _take_out(cut: Cut, model: nn.Module) -> None:
-    """Put `NoAttention` in the place of an attention that loses all its heads."""
-    view, output = cut.view, cut.found.output
-    assert output is not None
+def take_out(model: nn.Module, view: AttentionView, output: nn.Module, biased: bool) -> None:
+    """Put `NoAttention` in the place of an attention; `biased`: it goes on adding its bias."""
     inside = any(one is output for one in view.module.modules())
-    bias = getattr(output, "bias", None)
+    bias: Any = getattr(output, "bias", None)
     nothing = NoAttention(
         view.width if inside else 0,
         returns(view.module),
         getattr(view.module, "layer_idx", None),
-        bias if inside and isinstance(bias, Tensor) else None,
+        bias if inside and biased else None,
         view.kind == "self",
     )
     if not inside:
         keep_columns(output, [])
+        if not biased:
+            output.register_parameter("bias", None)
     nothing.train(view.module.training)
     put(model, view.module, nothing)
 
