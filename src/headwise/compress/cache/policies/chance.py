@@ -24,7 +24,7 @@ class Random(Policy):
 
     def score(self, seen: Seen) -> Tensor:
         """`(R, n)` float32."""
-        at = seen.positions
+        at = seen.positions.long()
         bits = _mix(torch.full_like(at[:, :1], self.seed)) + seen.layer
         bits = _mix(bits) + seen.rows[:, None].to(at)
         bits = _mix(_mix(bits) + at)
