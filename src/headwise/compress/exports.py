@@ -80,4 +80,5 @@ EXPORTS: dict[str, str] = {
     "drop_layers": "headwise.compress.structure.layers",
     "Cost": "headwise.compress.structure.costs",
     "cost": "headwise.compress.structure.costs",
+    "HeadCache": "headwise.compress.cache.head_cache",
 }
