@@ -81,4 +81,9 @@ EXPORTS: dict[str, str] = {
     "Cost": "headwise.compress.structure.costs",
     "cost": "headwise.compress.structure.costs",
     "HeadCache": "headwise.compress.cache.head_cache",
+    "share_layers": "headwise.compress.structure.sharing",
+    "ShareLayers": "headwise.compress.structure.sharing",
+    "reorder_layers": "headwise.compress.structure.reordering",
+    "ReorderLayers": "headwise.compress.structure.reordering",
+    "merge_layers": "headwise.compress.structure.merging",
 }

@@ -9,6 +9,7 @@ which heads go, which rank a matrix gets, is decided before and said in the step
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from abc import ABC, abstractmethod
 from importlib import import_module
@@ -29,10 +30,13 @@ STEPS: dict[str, str] = {
     "threshold_activations": "headwise.compress.bits.thresholds.ThresholdActivations",
     "bit_linears": "headwise.compress.bits.ternary.BitLinears",
     "pack_bits": "headwise.compress.bits.packed.PackBits",
+    "share_layers": "headwise.compress.structure.sharing.ShareLayers",
+    "reorder_layers": "headwise.compress.structure.reordering.ReorderLayers",
 }
 """Name of a step in a manifest -> the class that does it. Nothing else is ever imported."""
 
 _REMEMBERED = "headwise_steps"
+_BEFORE = "headwise_config_before"
 
 
 class Step(ABC):
@@ -54,13 +58,24 @@ def take(model: nn.Module, step: Step) -> None:
             f"{type(step).__name__} is not in headwise.compress.step.STEPS, so that a model "
             "changed by it could not be loaded again: enter it there"
         )
+    before = config_before(model)
     step.apply(model)
     setattr(model, _REMEMBERED, [*steps_of(model), step])
+    setattr(model, _BEFORE, before)
 
 
 def steps_of(model: nn.Module) -> tuple[Step, ...]:
     """What was done to this model, in order."""
     return tuple(getattr(model, _REMEMBERED, ()))
+
+
+def config_before(model: nn.Module) -> dict[str, Any] | None:
+    """The model's config as it was before the first step; None for a model without one."""
+    if hasattr(model, _BEFORE):
+        before: dict[str, Any] | None = getattr(model, _BEFORE)
+        return before
+    config: Any = getattr(model, "config", None)
+    return copy.deepcopy(config.to_dict()) if hasattr(config, "to_dict") else None
 
 
 def write_step(step: Step) -> dict[str, Any]:
