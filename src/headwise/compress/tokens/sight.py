@@ -9,6 +9,9 @@ from torch import Tensor
 
 from headwise.maps import AttentionMap
 
+SMALL = 2**20
+"""Numbers of a map that are held at once without a second thought: 4 MiB of float32."""
+
 
 @dataclass(frozen=True, eq=False)
 class Sight:
@@ -71,8 +74,27 @@ class Sight:
 
     def received(self) -> Tensor:
         """Mean attention that each patch receives from all tokens `(batch, heads, patches)`."""
-        whole = self.map().received() / self.queries.shape[2]
+        heads, n = self.queries.shape[1:3]
+        some = SMALL // (heads * n * n)
+        if not some:
+            whole = self.map().received() / n
+        else:  # maps of a few images at a time stay in the caches: measured, twice as quick
+            whole = torch.cat([self._rows_mean(at, at + some) for at in self._starts(some)])
         return whole[..., self.special :].to(self.queries.dtype)
+
+    def _starts(self, some: int) -> range:
+        return range(0, len(self.queries), some)
+
+    @torch.no_grad()
+    def _rows_mean(self, start: int, stop: int) -> Tensor:
+        """Mean rows `(images, heads, n)` of the maps of some images."""
+        group = self.queries.shape[1] // self.keys.shape[1]
+        keys = self.keys[start:stop].repeat_interleave(group, 1)
+        scores = (self.queries[start:stop] * self.scale) @ keys.transpose(-1, -2)
+        added = self.log_sizes()
+        if added is not None:
+            scores = scores + added[start:stop]
+        return scores.float().softmax(-1).mean(2)
 
 
 def with_special(sizes: Tensor, special: int) -> Tensor:
