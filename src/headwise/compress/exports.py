@@ -1,6 +1,9 @@
 """Public name -> the module of this room that defines it."""
 
 EXPORTS: dict[str, str] = {
+    "open_share": "headwise.compress.structure.layer_routers",
+    "router_parameters": "headwise.compress.structure.layer_routers",
+    "route_attention": "headwise.compress.structure.layer_routers",
     "replace_heads": "headwise.compress.structure.recurrent_heads",
     "recency_ratio": "headwise.compress.structure.recurrent_heads",
     "most_recent": "headwise.compress.structure.recurrent_heads",
@@ -86,4 +89,12 @@ EXPORTS: dict[str, str] = {
     "reorder_layers": "headwise.compress.structure.reordering",
     "ReorderLayers": "headwise.compress.structure.reordering",
     "merge_layers": "headwise.compress.structure.merging",
+    "ClusteredCache": "headwise.compress.cache.clustered_cache",
+    "HeadClusters": "headwise.compress.cache.head_clusters",
+    "find_clusters": "headwise.compress.cache.head_clusters",
+    "map_correlations": "headwise.compress.cache.head_clusters",
+    "fuse_layer": "headwise.compress.structure.fusing",
+    "Fused": "headwise.compress.structure.fusing",
+    "load": "headwise.compress.saving",
+    "save": "headwise.compress.saving",
 }

@@ -210,6 +210,17 @@ def test_worth_names_the_tokens_that_stay_exact() -> None:
     assert torch.equal(exact, worth > 0)
 
 
+def test_an_entry_that_fills_a_row_up_does_not_take_an_outlier_along() -> None:
+    torch.manual_seed(5)
+    keys, values = torch.randn(2, 16, D), torch.randn(2, 16, DV)
+    keys[:, 0] *= 50
+    store = Coding(2, 2, 16, 0, outliers=1).make(keys, values)
+    store.settle()
+    kept = store.select(torch.tensor([[0, 0, 0, 4, 7], [0, 1, 2, 3, 4]]))
+    assert torch.equal(kept.whole()[0][0, 2], keys[0, 0])
+    assert torch.equal(kept.whole()[0][1, 0], keys[1, 0])
+
+
 def test_scores_and_outputs_stay_under_the_rotation() -> None:
     torch.manual_seed(4)
     keys, values, queries = torch.randn(2, 24, D), torch.randn(2, 24, D), torch.randn(2, 5, D)

@@ -36,10 +36,10 @@ class Outliers:
 
     def select(self, indices: Tensor, length: int) -> Outliers:
         """Those that are among the kept tokens `indices` `(R, k)` of `length`, at their new
-        places."""
+        places. A token that comes several times (to fill a row up) is the last of them."""
         place = torch.full((len(indices), length + 1), -1, device=indices.device)
         new = torch.arange(indices.shape[1], device=indices.device).expand_as(indices)
-        place[:, :length].scatter_(1, indices, new)
+        place.scatter_reduce_(1, indices, new, "amax")
         at = self.at.content.long()
         at = place.gather(1, torch.where(at < 0, length, at))
         kept = at >= 0

@@ -37,11 +37,17 @@ class SharedLayers(Cache):
 
     Layers with `reads[l] == l` have caches of their own, in `cache`, any cache of transformers;
     the others hold nothing, not for a moment. Raises ValueError for a layer that reads a later
-    one or one without a cache; when it runs, for layers whose keys and values differ in shape.
+    one or one without a cache; when it runs, for layers whose keys and values differ in shape;
+    TypeError for a cache that attends by itself (HeadCache) and returns no keys to be shared.
     """
 
     def __init__(self, cache: Cache, reads: Sequence[int]) -> None:
         self.reads = check_reads(reads)
+        if any(hasattr(layer, "attend") for layer in cache.layers):
+            raise TypeError(
+                f"{type(cache).__name__} attends by itself and hands no keys to other layers: give "
+                "a cache such as DynamicCache(config=model.config)"
+            )
         self.cache = cache
         super().__init__(layers=cache.layers)
         self._readers = Counter(r for layer, r in enumerate(self.reads) if r != layer)
