@@ -155,7 +155,9 @@ def test_bits_as_a_user_writes_them() -> None:
     assert codings(Coding(2, 2, group=8), 1) == [Coding(2, 2, group=8)]
     assert codings([(8, 4), (2, 2)], 2) == [Coding(8, 4), Coding(2, 2)]
     assert codings(LayerBits(((8, 4),)), 1) == [Coding(8, 4)]
-    with pytest.raises(ValueError, match="bits for 1 layers"):
+    mixed = [8, None, Coding(2, 4, residual=0), (4, 2)]
+    assert codings(mixed, 4) == [Coding(8, 8), None, Coding(2, 4, residual=0), Coding(4, 2)]
+    with pytest.raises(ValueError, match="bits of 1 layers"):
         codings(LayerBits(((8, 4),)), 2)
     with pytest.raises(ValueError, match="key_bits=5"):
         LayerBits(((5, 4),))

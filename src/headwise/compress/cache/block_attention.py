@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -117,7 +117,8 @@ def _small(query: Query, block: Block, newest: bool) -> Tensor:
             mask,
             scale=query.scale,
         )
-    return _by_tiles(query, block.store.tiles(), allowed)
+    turned = replace(query, queries=block.store.turned(query.queries))
+    return block.store.turned_back(_by_tiles(turned, block.store.tiles(), allowed))
 
 
 def _allowed(query: Query, block: Block, newest: bool) -> Tensor | None:

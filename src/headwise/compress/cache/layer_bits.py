@@ -51,6 +51,11 @@ class LayerBits:
         return sum(k + v for k, v in self.pairs) / (2 * len(self.pairs))
 
 
+Bits = int | Pair | Coding | LayerBits | list[int | Pair | Coding | None] | None
+"""8, 4, 2 ... bits; (bits of keys, bits of values); how to code; a table; None: as they come; or a
+list with one of these for each layer."""
+
+
 @dataclass(frozen=True, eq=False)
 class Sensitivity:
     """`errors` `(layers, pairs)`: relative error of the heads' outputs of a layer, the norm of the
@@ -191,29 +196,34 @@ def least_error(
     return states[-1][2]  # most cost, least error
 
 
-def codings(
-    bits: int | Pair | Coding | LayerBits | Sequence[Pair] | None, layers: int
-) -> list[Coding | None]:
-    """The coding of each of so many layers, None where the cache stays as it is.
+def codings(bits: Bits, layers: int) -> list[Coding | None]:
+    """The coding of each of so many layers, None where entries stay as they come.
 
-    Raises ValueError for a table of another length, TypeError for what says no bits.
+    Raises ValueError for another number of layers and for bits that cannot be, TypeError for what
+    says no bits.
     """
-    if bits is None:
-        return [None] * layers
-    if isinstance(bits, Coding):
-        return [bits] * layers
+    if isinstance(bits, LayerBits):
+        found: list[Coding | None] = [bits.of(layer) for layer in range(len(bits.pairs))]
+    elif isinstance(bits, list):
+        found = [_coding(one) for one in bits]
+    else:
+        return [_coding(bits)] * layers
+    if len(found) != layers:
+        raise ValueError(
+            f"bits of {len(found)} layers were given; the model has {layers}: give one for each "
+            "(None: as they come), or one for all"
+        )
+    return found
+
+
+def _coding(bits: int | Pair | Coding | None) -> Coding | None:
+    if bits is None or isinstance(bits, Coding):
+        return bits
     if isinstance(bits, int):
-        return [Coding(bits, bits)] * layers
-    if isinstance(bits, tuple) and len(bits) == 2 and all(isinstance(b, int) for b in bits):
-        return [Coding(*bits)] * layers
-    if not isinstance(bits, LayerBits):
-        try:
-            bits = LayerBits(tuple((int(k), int(v)) for k, v in bits))  # type: ignore[misc]
-        except TypeError:
-            raise TypeError(
-                f"bits={bits!r}: expected a number of bits, (bits of keys, bits of values), a "
-                "Coding, LayerBits, or one pair for each layer"
-            ) from None
-    if len(bits.pairs) != layers:
-        raise ValueError(f"bits for {len(bits.pairs)} layers were given, and there are {layers}")
-    return [bits.of(layer) for layer in range(layers)]
+        return Coding(bits, bits)
+    if isinstance(bits, tuple) and [type(b) for b in bits] == [int, int]:
+        return Coding(*bits)
+    raise TypeError(
+        f"bits={bits!r}: expected a number, (bits of keys, bits of values), a Coding, LayerBits, "
+        "None, or a list of these with one for each layer"
+    )
