@@ -23,6 +23,7 @@ STEPS: dict[str, str] = {
     "reduce_tokens": "headwise.compress.tokens.reducing.ReduceTokens",
     "drop_layers": "headwise.compress.structure.layers.DropLayers",
     "replace_heads": "headwise.compress.structure.recurrent_heads.ReplaceHeads",
+    "route_attention": "headwise.compress.structure.layer_routers.RouteAttention",
     "share_attention": "headwise.compress.structure.shared_maps.ShareAttention",
     "factorise": "headwise.compress.structure.low_rank.Factorise",
     "quantise": "headwise.compress.bits.weights.Quantise",
