@@ -97,4 +97,7 @@ EXPORTS: dict[str, str] = {
     "Fused": "headwise.compress.structure.fusing",
     "load": "headwise.compress.saving",
     "save": "headwise.compress.saving",
+    "mixture_to_dense": "headwise.compress.structure.mixtures",
+    "MixtureToDense": "headwise.compress.structure.mixtures",
+    "Densified": "headwise.compress.structure.mixtures",
 }

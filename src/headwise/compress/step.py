@@ -33,6 +33,7 @@ STEPS: dict[str, str] = {
     "pack_bits": "headwise.compress.bits.packed.PackBits",
     "share_layers": "headwise.compress.structure.sharing.ShareLayers",
     "reorder_layers": "headwise.compress.structure.reordering.ReorderLayers",
+    "mixture_to_dense": "headwise.compress.structure.mixtures.MixtureToDense",
 }
 """Name of a step in a manifest -> the class that does it. Nothing else is ever imported."""
 

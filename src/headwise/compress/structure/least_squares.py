@@ -49,9 +49,7 @@ class Problem:
         """
         bias = bias_of(matrix)
         weight = features_first(matrix)
-        start = weight.double()
-        if bias is not None:
-            start = torch.cat([start, bias.double()[:, None]], 1)
+        start = _map(matrix)
         before = self._error(self.whole, start)
         chosen = ridge
         if chosen is None:
@@ -68,10 +66,20 @@ class Problem:
             bias.copy_(found[:, -1])
         return Fit(before, self._error(self.whole, found), chosen)
 
+    def error(self, matrix: nn.Module) -> float:
+        """|y - W x - b|^2 over |y|^2 of a matrix as it is."""
+        return self._error(self.whole, _map(matrix))
+
     def _error(self, moments: Moments, map_: Tensor) -> float:
         square, cross = _augmented(moments, map_.shape[1])
         left = moments.energy - 2 * (map_ * cross).sum() + ((map_ @ square) * map_).sum()
         return float(left.clamp_min(0)) / max(moments.energy, 1e-300)
+
+
+def _map(matrix: nn.Module) -> Tensor:
+    """Weight and bias side by side `(out, in [+ 1])`, float64."""
+    weight, bias = features_first(matrix).detach().double(), bias_of(matrix)
+    return weight if bias is None else torch.cat([weight, bias.detach().double()[:, None]], 1)
 
 
 def _augmented(moments: Moments, size: int) -> tuple[Tensor, Tensor]:
