@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from headwise.lazy import names_of
 
 if TYPE_CHECKING:
-    from headwise.compress import shrink
+    from headwise.compress import load, save, shrink
     from headwise.edits import swap
     from headwise.instruments import Atlas, see
     from headwise.maps import AttentionMap, attend
@@ -26,6 +26,8 @@ _EXPORTS = {
     "observe": "headwise.models",
     "view": "headwise.models",
     "swap": "headwise.edits",
+    "load": "headwise.compress",
+    "save": "headwise.compress",
 }
 
 __all__ = [
@@ -33,7 +35,9 @@ __all__ = [
     "AttentionMap",
     "__version__",
     "attend",
+    "load",
     "observe",
+    "save",
     "see",
     "shrink",
     "swap",

@@ -13,7 +13,7 @@ from headwise.compress.structure.nothing import NoAttention
 from headwise.instruments.examples import model_view
 from headwise.models import ModelView
 from headwise.models.backbones.stack import Stack
-from headwise.models.projections import child
+from headwise.models.projections import child, features_first, is_projection
 from headwise.models.structure import AttentionView, LayerView
 from headwise.parts import Mixer
 from headwise.parts.feed.base import Feed
@@ -157,6 +157,8 @@ def _products(module: nn.Module) -> int:
         size = getattr(module, wide, None), getattr(module, high, None)
         if all(isinstance(s, int) for s in size):
             return 2 * int(size[0] or 0) * int(size[1] or 0)
+    if is_projection(module) and not isinstance(module, nn.Embedding):
+        return 2 * features_first(module).numel()  # a router's, for one
     return 0
 
 

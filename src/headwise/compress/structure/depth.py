@@ -10,6 +10,7 @@ from headwise.models.implementation import configs
 from headwise.models.structure import ModelView
 
 _NUMBERS = ("layer_idx", "layer_id", "layer_index", "block_idx")
+_COUNTS = ("n_layers", "num_layers", "n_layer", "num_hidden_layers")
 _OF_A_SIDE = {
     "encoder": ("encoder_layers", "encoder_num_hidden_layers", "num_encoder_layers"),
     "decoder": ("decoder_layers", "decoder_num_hidden_layers", "num_decoder_layers"),
@@ -27,6 +28,9 @@ def say_depth(look: ModelView, stack: str, owner: nn.Module, before: int, kept: 
             for name in _NUMBERS:
                 if getattr(part, name, None) == old:
                     setattr(part, name, new)
+    for name in _COUNTS:
+        if getattr(owner, name, None) == before:
+            setattr(owner, name, len(kept))
     sides = len(look.stacks) > 1 and getattr(
         getattr(look.model, "config", None), "is_encoder_decoder", False
     )
@@ -56,6 +60,10 @@ def _mend(config: Any, names: tuple[str, ...], before: int, kept: list[int]) -> 
     for name, value in list(own.items()):
         if isinstance(value, list | tuple) and len(value) == before and "layer" in name:
             own[name] = type(value)(value[old] for old in kept)
+    stages = own.get("stage_names")
+    if isinstance(stages, list) and len(stages) == before + 1:  # the embedding is one more
+        own["stage_names"] = stages[: len(kept) + 1]
+        own["_out_features"], own["_out_indices"] = [stages[len(kept)]], [len(kept)]
     for name in names:
         if getattr(config, name, None) == before:
             own[config.attribute_map.get(name, name)] = len(kept)

@@ -14,7 +14,7 @@ from headwise.compress.structure.feeds import feed_forward, layers_of
 from headwise.compress.structure.nothing import NoFeedForward, NoMixer
 from headwise.compress.structure.relative import move_table
 from headwise.compress.structure.slicing import keep_columns, keep_rows
-from headwise.compress.structure.surgery import put, returns, take_out
+from headwise.compress.structure.surgery import check_replaceable, put, take_out
 from headwise.instruments.examples import model_view
 from headwise.models import ModelView, view
 from headwise.models.backbones.stack import Stack
@@ -101,7 +101,7 @@ def _checked(look: ModelView, step: DropLayers) -> list[LayerView]:
                 output = None if isinstance(found, str) else found.output
                 if isinstance(attention.module, Attention):
                     continue
-                returns(attention.module)
+                check_replaceable(attention)
                 if output is None:
                     raise UnsupportedModelError(
                         f"{attention.name}: no output projection was found, so that it is not "

@@ -23,6 +23,10 @@ from headwise.models.structure import AttentionView
 _NEUTRAL = ("inv_freq", "original_inv_freq", "masked_bias", "relative_attention_bias.weight")
 
 
+_RESIDUAL_NORMS = ("LayerNorm", "layer_norm", "layernorm")
+"""Norms of the residual that some attentions hold, before their projections or behind the sum."""
+
+
 @dataclass(frozen=True, eq=False)
 class Cut:
     """What one attention is to keep. `queries`, `keys`: the heads that stay, as numbered now;
@@ -72,6 +76,8 @@ def plan(view: AttentionView, removed: set[int]) -> Cut:
         tuple(keys.index(of[h]) for h in queries),
         _more(view, found, queries, keys),
     )
+    if not queries:
+        check_replaceable(view)
     if not cut.equal:
         caches_of(view.module)
         config = getattr(view.module, "config", None)
@@ -153,6 +159,20 @@ def put(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
                 setattr(parent, name, new)
 
 
+def check_replaceable(view: AttentionView) -> None:
+    """Raise UnsupportedModelError where nothing can stand in the place of an attention, because it
+    adds the residual itself, or gives now so many things and now others."""
+    module = view.module
+    if "residual" in inspect.signature(type(module).forward).parameters or any(
+        name in _RESIDUAL_NORMS for name in module._modules
+    ):
+        raise UnsupportedModelError(
+            f"{view.name}: {type(module).__name__} does more than attend (it holds a norm, or adds "
+            "the residual), so that nothing can stand in its place: leave it one head"
+        )
+    returns(module)
+
+
 def returns(module: nn.Module) -> int:
     """How many things the module's forward gives: 1 for a tensor alone.
 
@@ -194,6 +214,7 @@ def _more(
         shape, last = tuple(tensor.shape), path.split(".")
         heads, size, kept = shapes["k" if last[0].startswith("k") else "q"]
         norm_of_every_head = "norm" in path and shape == (size,)
+        norm_of_every_head |= last[0] in _RESIDUAL_NORMS and shape == (view.width,)
         for_no_head = not isinstance(tensor, nn.Parameter) and heads not in shape
         sinks = shape == (heads,) and "sink" in path
         if sinks or (shape == (heads, size) and last[0][0] in "qk"):
