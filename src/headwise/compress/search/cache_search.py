@@ -31,6 +31,7 @@ from headwise.models.identity import weights_hash
 PIECE = 16
 """Tokens that are read at a time after the prompt."""
 BITS = (None, 8, 4)
+_TRIES = 4
 LEVELS = (0.25, 0.5, 1.0, 2.0, 4.0)
 """Of the even share: what a layer may get instead."""
 STEPS = (1.0, 0.75, 0.5, 0.35, 0.25, 0.175, 0.125, 0.0875, 0.0625)
@@ -100,7 +101,7 @@ class _CacheSearch:
         self.layers = len(look.layers)
         self.width = 8 * next(model.parameters()).element_size()  # bits of a number
         self.curve = Curve("kv", target.share, [])
-        self.curve.about["tried"] = {}
+        self.curve.about |= {"tried": {}, "settings": []}
         tokens = text.tokens
         window = max(4, min(16, int(tokens * target.share) // 2))
         self.usual = CacheSettings(window=window, sinks=min(4, window))
@@ -117,18 +118,23 @@ class _CacheSearch:
         """One more thing that is measured."""
         waiting = [s for s in self._candidates() if str(s) not in self._tried]
         if waiting:
-            settings = waiting[0]
-            loss = self._loss(settings)
-            self._tried[str(settings)] = {"settings": settings.as_dict(), "loss": loss}
+            settings, quality = self._fitted(waiting[0], self.target.share)
+            loss = quality.loss_change
+            self._tried[str(waiting[0])] = {"settings": settings.as_dict(), "loss": loss}
             self.tell(f"{settings}: loss {loss:+.4f}")
             return
         best = self._best()
         shares = [s for s in STEPS if s > self.target.share * 1.05] + [self.target.share]
-        if len(self.curve.points) < len(shares):
-            share = shares[len(self.curve.points)]
-            self._point(self._at(best, share))
+        done = self.curve.about.setdefault("shares", [])
+        if len(done) == len(shares):
+            self._choose()
             return
-        self._choose(shares)
+        share = shares[len(done)]
+        asked = None if share >= 1 else self._fitted(self._at(best, share), share)[0]
+        known = None if asked is None else asked.as_dict()
+        if known is None or known not in self.curve.about["settings"]:  # else all tokens fit again
+            self._point(asked)
+        done.append(share)
 
     @property
     def _tried(self) -> dict[str, Any]:
@@ -136,15 +142,9 @@ class _CacheSearch:
         return found
 
     def _at(self, settings: CacheSettings, share: float) -> CacheSettings:
-        """The same in so many bytes; all tokens in full where there is room for them."""
-        if share >= 1:
-            return replace(settings, bits=None, share=1.0, shape="uniform", layers=())
+        """The same in so many bytes, about."""
         tokens = min(1.0, share / _bytes(settings.bits, self.width))
-        if settings.layers:
-            even = sum(settings.layers) / self.layers
-            scaled = tuple(min(1.0, one * tokens / even) for one in settings.layers)
-            return replace(settings, share=tokens, layers=scaled)
-        return replace(settings, share=tokens)
+        return _scaled(settings, tokens / settings.share)
 
     def _candidates(self) -> list[CacheSettings]:
         """What is tried next, in order; later stages build on the best of the earlier ones."""
@@ -181,7 +181,8 @@ class _CacheSearch:
                 for level in levels:
                     shares = [1.0] * self.layers
                     shares[layer] = level
-                    row.append(self._loss(_layered(base, shares)))
+                    settings = _layered(base, shares)
+                    row.append(self._measured(settings, self.text.calibration)[0].loss_change)
                 rises.append(row)
             self.curve.about["by_layer"] = spread(levels, rises, base.share)
         return [_layered(base, self.curve.about["by_layer"])]
@@ -192,9 +193,19 @@ class _CacheSearch:
         known = min(self._tried.values(), key=lambda one: one["loss"])
         return settings_of(known["settings"])
 
-    def _loss(self, settings: CacheSettings) -> float:
-        quality, _ = self._measured(settings, self.text.calibration)
-        return quality.loss_change
+    def _fitted(self, settings: CacheSettings, share: float) -> tuple[CacheSettings, Quality]:
+        """With so few tokens that the bytes measured are within the share: a cache also holds
+        positions, scales and room for what comes."""
+        first = self.text.calibration[0].inputs["input_ids"][:1]
+        with torch.no_grad():
+            for _ in range(_TRIES):
+                with cache_of(self.model, settings) as cache:
+                    read_with_cache(self.model, first, cache)
+                    found = cache.nbytes() / full_bytes(self.model, first)
+                if found <= share:
+                    break
+                settings = _scaled(settings, 0.98 * share / found)
+        return settings, self._measured(settings, self.text.calibration)[0]
 
     def _measured(
         self, settings: CacheSettings, batches: Sequence[Examples]
@@ -211,26 +222,39 @@ class _CacheSearch:
         quality = measure_quality(self.model, self.model, batches, answers)
         return quality, sum(held) / len(held)
 
-    def _point(self, settings: CacheSettings) -> None:
+    def _point(self, settings: CacheSettings | None) -> None:
+        """One more point of the curve; None: the model with its own cache."""
         began = time.perf_counter()
-        quality, share = self._measured(settings, self.text.held_out)
+        if settings is None:
+            quality = measure_quality(self.model, self.model, self.text.held_out, _second_half)
+            share, words = 1.0, ""
+        else:
+            quality, share = self._measured(settings, self.text.held_out)
+            words = str(settings)
         within = self.limit is None or self.limit.holds(
             quality.loss, quality.loss_change, quality.agreement, quality.kl
         )
-        words = (str(settings),) if self.curve.points else ()
+        took = (words,) if words else ()
         self.curve.points.append(
-            Point({"kv": share}, quality, words, time.perf_counter() - began, within)
+            Point({"kv": share}, quality, took, time.perf_counter() - began, within)
         )
-        self.curve.about.setdefault("settings", []).append(settings.as_dict())
-        self.tell(f"kv={share:.3f}, loss {quality.loss_change:+.4f}, {settings}")
+        known = None if settings is None else settings.as_dict()
+        self.curve.about["settings"].append(known)
+        self.tell(f"kv={share:.3f}, loss {quality.loss_change:+.4f}, {words or 'the original'}")
 
-    def _choose(self, shares: Sequence[float]) -> None:
+    def _choose(self) -> None:
+        """The smallest within the bound on quality."""
         inside = [n for n, point in enumerate(self.curve.points) if point.within]
-        chosen = inside[-1] if inside else 0
-        self.curve.chosen = chosen
-        self.curve.cache = self.curve.about["settings"][chosen]
-        last = chosen == len(shares) - 1
-        self.curve.about["done"] = "within the budget" if last else f"{self.limit} allows no less"
+        self.curve.chosen = min(inside, key=lambda n: self.curve.points[n].left["kv"], default=0)
+        self.curve.cache = self.curve.about["settings"][self.curve.chosen]
+        why = "within the budget" if self.curve.met else f"{self.limit} allows no less"
+        self.curve.about["done"] = why
+
+
+def _second_half(model: nn.Module, batch: Examples) -> Tensor:
+    ids = batch.inputs["input_ids"]
+    logits: Tensor = model(input_ids=ids).logits[:, ids.shape[1] // 2 :]
+    return logits
 
 
 def read_with_cache(model: nn.Module, ids: Tensor, cache: Any, piece: int = PIECE) -> Tensor:
@@ -256,6 +280,12 @@ def full_bytes(model: nn.Module, ids: Tensor) -> int:
 def _bytes(bits: int | None, width: int) -> float:
     """Share of the bytes that numbers of so many bits take, with their scales, about."""
     return 1.0 if bits is None else (bits + 1.0) / width
+
+
+def _scaled(settings: CacheSettings, by: float) -> CacheSettings:
+    """So many times as many tokens, in every layer."""
+    layers = tuple(min(1.0, one * by) for one in settings.layers)
+    return replace(settings, share=min(1.0, settings.share * by), layers=layers)
 
 
 def _layered(base: CacheSettings, shares: Sequence[float]) -> CacheSettings:

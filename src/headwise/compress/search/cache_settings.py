@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -17,12 +18,13 @@ from headwise.compress.cache.policies.recency import SinksAndWindow
 from headwise.compress.cache.policies.reconstruction_error import ReconstructionError
 from headwise.compress.cache.policy import Policy
 
-POLICIES: dict[str, type[Policy]] = {
+POLICIES: dict[str, Callable[[], Policy]] = {
     "sinks and window": SinksAndWindow,
     "accumulated mass": AccumulatedMass,
-    "observation window": ObservationWindow,
+    # the queries that they look through are bytes of the cache as well
+    "observation window": partial(ObservationWindow, window=16),
     "key norm": KeyNorm,
-    "reconstruction error": ReconstructionError,
+    "reconstruction error": partial(ReconstructionError, window=16),
 }
 SHAPES = ("uniform", "pyramid", "adaptive", "by layer")
 
@@ -32,6 +34,7 @@ class CacheSettings:
     """policy: of `POLICIES`. share: of the tokens seen that are kept, mean over rows. shape: of
     `SHAPES`, how it is spread over layers and heads; layers: each layer's share, for "by layer".
     bits: of keys and values, None as the model computes. sinks, window: tokens that always stay.
+    step, slack: as in `HeadCache`, small enough that bytes follow the share closely.
     """
 
     policy: str = "observation window"
@@ -41,6 +44,8 @@ class CacheSettings:
     bits: int | None = None
     sinks: int = 4
     window: int = 16
+    step: int = 8
+    slack: int = 16
 
     def __post_init__(self) -> None:
         if self.policy not in POLICIES or self.shape not in SHAPES:
@@ -95,4 +100,6 @@ def cache_of(model: nn.Module, settings: CacheSettings | Mapping[str, Any]) -> H
         bits=asked.bits,
         sinks=asked.sinks,
         window=asked.window,
+        step=asked.step,
+        slack=asked.slack,
     )

@@ -73,7 +73,8 @@ def measure_quality(
     with torch.no_grad(), evaluating(model), evaluating(original):
         for batch in batches:
             changed = answers(model, batch)
-            known = changed if model is original else plain_answers(original, batch)
+            same = model is original and answers is plain_answers
+            known = changed if same else plain_answers(original, batch)
             for row in range(len(batch)):
                 targets = _targets(batch, row, known)
                 a, b = (x[row] if x.dim() == 3 else x[row : row + 1] for x in (known, changed))

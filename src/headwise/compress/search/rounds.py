@@ -63,7 +63,7 @@ def take_out(model: nn.Module, chosen: Sequence[Candidate]) -> None:
     for kind in WHOLE:  # layers last: they change the numbers of others
         layers = [c.layer for c in chosen if c.kind == kind]
         if layers:
-            drop_layers(model, layers, parts="all" if kind == "layers" else kind)
+            drop_layers(model, layers, parts="layer" if kind == "layers" else kind)
 
 
 def _covers(taken: str, other: str) -> bool:
