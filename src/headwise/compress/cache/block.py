@@ -79,10 +79,11 @@ class Block:
 
     def select(self, at: Tensor, indices: Tensor, valid: Tensor | None, room: int) -> Block:
         """The entries `indices` `(R', k)`, ascending, of the rows at the places `at` `(R',)`.
-        `valid`: `(R', k)`, False where an entry is there only to fill up, None: all are real."""
+        This block must not be used any more. `valid`: `(R', k)`, False where an entry is there
+        only to fill up, None: all are real."""
         every = len(at) == len(self.rows)
         if every:
-            store = self.store.select(indices, room)
+            store = self.store.keep(indices, room)
         elif isinstance(self.store, Plain):
             store = self.store.select(indices, room, at)  # rows and entries in one copy
         else:

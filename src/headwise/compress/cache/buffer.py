@@ -16,11 +16,16 @@ FEW = 16
 """Up to so many rows are selected from one by one, straight into their place."""
 
 
-class Buffer:
-    """R rows of `length` entries, `(R, length, ...)`, in a tensor `(R, room, ...)`."""
+PIECE = 2**16
+"""Numbers that are moved at a time within a row: a piece stays in a core's cache."""
 
-    def __init__(self, held: Tensor, length: int) -> None:
-        self.held, self.length = held, length
+
+class Buffer:
+    """R rows of `length` entries, `(R, length, ...)`, in a tensor `(R, room, ...)`. `lent`: the
+    tensor is somebody else's, not to be written into."""
+
+    def __init__(self, held: Tensor, length: int, lent: bool = False) -> None:
+        self.held, self.length, self.lent = held, length, lent
 
     @classmethod
     def copied(cls, content: Tensor, room: int = 0) -> Buffer:
@@ -46,11 +51,11 @@ class Buffer:
     def append(self, more: Tensor) -> None:
         """Entries `(R, m, ...)` at the end."""
         end = self.length + more.shape[1]
-        if end > self.held.shape[1]:
+        if end > self.held.shape[1] or self.lent:
             room = max(ROOM, self.length // GROWTH) if more.shape[1] <= ROOM else 0
             grown = self._empty(self.held, self.held.shape[0], end + room)
             grown[:, : self.length] = self.content
-            self.held = grown
+            self.held, self.lent = grown, False
         self.held[:, self.length : end] = more
         self.length = end
 
@@ -67,6 +72,22 @@ class Buffer:
         for row, at in enumerate(range(count) if rows is None else rows.tolist()):
             torch.index_select(self.held[at], 0, indices[row], out=made[row, :k])
         return Buffer(made, k)
+
+    def keep(self, indices: Tensor, room: int = 0) -> Buffer:
+        """As `select`, for when this buffer is not needed any more: entries move within it where
+        it is about as large as what is wanted."""
+        k, held = indices.shape[1], self.held
+        wanted = k + room
+        if self.lent or not wanted <= held.shape[1] <= wanted + wanted // GROWTH + room:
+            return self.select(indices, room)
+        piece = max(1, PIECE // max(1, held[0, :1].numel()))
+        here = torch.arange(k, device=indices.device)
+        for row, at in enumerate(indices):
+            stays = int((at == here).sum())  # the first ones lie where they are to be
+            for start in range(stays, k, piece):  # none is written to before it was read
+                moved = held[row].index_select(0, at[start : start + piece])
+                held[row, start : start + len(moved)] = moved
+        return Buffer(held, k)
 
     def rows(self, indices: Tensor) -> Buffer:
         """Some of the rows, in a new buffer."""

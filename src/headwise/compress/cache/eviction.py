@@ -53,8 +53,9 @@ def evicted(
     total = len(extent.real) * extent.kv_heads
     for members in groups.values():
         k = max(counts[one.rows[at]] for one, found in members for at in found)
-        parts = [one.select(found, k, counts, rules.slack) for one, found in members]
-        kept += Block.joined(parts, total, rules.slack)
+        room = rules.patience(k)
+        parts = [one.select(found, k, counts, room) for one, found in members]
+        kept += Block.joined(parts, total, room)
     return kept
 
 

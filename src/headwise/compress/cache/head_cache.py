@@ -31,10 +31,11 @@ class HeadCache(Cache):
     `budget`: what each row (a key-value head of a sequence) keeps: a share of the tokens seen
     (float), a number of tokens (int), a table (layers, kv_heads) of either, or a `Budget`.
     `policy`: which entries those are; `ObservationWindow()` (SnapKV) where none is given. `bits`:
-    8, 4 or 2 to store keys and values quantised, a `Coding`, or one of them (or None) for each
-    layer. `sinks`, `window`: so many first and newest entries of a row stay in any case. `step`:
-    rows keep a multiple of so many, which lets them share memory and calls. `slack`: tokens
-    decoded between two evictions, by which rows may exceed their budget; a prefill, or each chunk
+    8, 4 or 2 to store keys and values quantised, (8, 4) for keys and values, a `Coding`, or a list
+    with one of them (or None) for each layer, or `LayerBits`. `sinks`, `window`: so many first and
+    newest entries of a row stay in any case. `step`: rows keep a multiple of so many, which lets
+    them share memory and calls. `slack`: tokens decoded between two evictions, by which rows may
+    exceed their budget (None: 64, or a 32nd of the longest row); a prefill, or each longer chunk
     of it, is cut to the budget layer by layer while it runs.
 
     What is kept is ragged: rows that hold as many entries are stacked in a block, and a layer
@@ -63,7 +64,7 @@ class HeadCache(Cache):
         sinks: int = 4,
         window: int = 32,
         step: int = 16,
-        slack: int = 64,
+        slack: int | None = None,
     ) -> None:
         for name, number, least in (
             ("sinks", sinks, 0),
@@ -71,7 +72,7 @@ class HeadCache(Cache):
             ("step", step, 1),
             ("slack", slack, 1),
         ):
-            if number < least:
+            if number is not None and number < least:
                 raise ValueError(f"HeadCache({name}={number}): at least {least} is expected")
         windows = _windows(model)
         attentions = _attentions(model, len(windows))

@@ -113,8 +113,8 @@ class Ragged:
             make = self.rules.makers[self.layer]
             if self.blocks[0] is borrowed or make != Plain.make:
                 for block in self.blocks:
-                    block.store = make(*block.store.whole(), self.rules.slack)
-        elif self._since >= self.rules.slack:
+                    block.store = make(*block.store.whole(), self.rules.patience(block.length))
+        elif self._since >= self.rules.patience(max(block.length for block in self.blocks)):
             if wait:
                 self.due = True
             else:

@@ -35,6 +35,10 @@ class Store(ABC):
         """The entries `indices` `(R, k)` int64, ascending in each row. `room`: entries that will
         probably be appended."""
 
+    def keep(self, indices: Tensor, room: int = 0) -> Store:
+        """As `select`, for when this store is not needed any more."""
+        return self.select(indices, room)
+
     @abstractmethod
     def rows(self, indices: Tensor) -> Store:
         """The rows `indices` `(R',)` int64; a row may come several times or not at all."""
@@ -93,7 +97,9 @@ class Plain(Store):
     @classmethod
     def around(cls, keys: Tensor, values: Tensor) -> Plain:
         """Of the tensors themselves, without a copy, until the first `append`."""
-        return cls(Buffer(keys, keys.shape[1]), Buffer(values, values.shape[1]))
+        return cls(
+            Buffer(keys, keys.shape[1], lent=True), Buffer(values, values.shape[1], lent=True)
+        )
 
     @property
     def length(self) -> int:
@@ -107,6 +113,9 @@ class Plain(Store):
         """`at`: `(R',)`, only these rows; both selections are one copy."""
         keys = self._keys.select(indices, room, at)
         return Plain(keys, self._values.select(indices, room, at))
+
+    def keep(self, indices: Tensor, room: int = 0) -> Plain:
+        return Plain(self._keys.keep(indices, room), self._values.keep(indices, room))
 
     def rows(self, indices: Tensor) -> Plain:
         return Plain(self._keys.rows(indices), self._values.rows(indices))
