@@ -7,11 +7,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from headwise.compress.structure.low_rank import LowRank
+
 _COUNTS = {"rows": ("out_features", "nf"), "columns": ("in_features", "nx")}
 
 
 def keep_rows(module: nn.Module, rows: Sequence[int]) -> None:
-    """Keep these output features of a Linear or Conv1D, in this order, and their bias."""
+    """Keep these output features of a Linear, Conv1D or LowRank, in this order, and their bias."""
+    if isinstance(module, LowRank):
+        keep_rows(module.up, rows)
+        module.out_features = len(rows)
+        return
     _cut(module, "weight", rows, 1 if hasattr(module, "nf") else 0)
     if isinstance(getattr(module, "bias", None), Tensor):
         _cut(module, "bias", rows, 0)
@@ -20,6 +26,10 @@ def keep_rows(module: nn.Module, rows: Sequence[int]) -> None:
 
 def keep_columns(module: nn.Module, columns: Sequence[int]) -> None:
     """Keep these input features, in this order; the bias stays."""
+    if isinstance(module, LowRank):
+        keep_columns(module.down, columns)
+        module.in_features = len(columns)
+        return
     _cut(module, "weight", columns, 0 if hasattr(module, "nf") else 1)
     _count(module, "columns", len(columns))
 
@@ -31,6 +41,8 @@ def keep_along(module: nn.Module, name: str, kept: Sequence[int], axis: int) -> 
 
 def add_bias(module: nn.Module, features: int) -> None:
     """Give a projection a bias of zeros, if it has none."""
+    if isinstance(module, LowRank):
+        module = module.up
     if isinstance(getattr(module, "bias", None), Tensor):
         return
     weight = module.weight
