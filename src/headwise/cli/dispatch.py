@@ -1,5 +1,6 @@
 """From the arguments to the command, and from an exception to one line and an exit code."""
 
+import logging
 import os
 import sys
 import traceback
@@ -22,6 +23,9 @@ def run(argv: Sequence[str] | None = None) -> int:
         parser.print_help()
         return 0
     options.argv = arguments
+    # transformers imports torchao where it is installed, which speaks of kernels that it misses
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     module, _, function = options.run.partition(":")
     try:
         code: int = getattr(import_module(module), function)(options)
