@@ -189,15 +189,16 @@ def skipped_rows_are_not_read(sparsify: Sparsify, seed: int) -> Measured:
     model = default_model()
     sparsify(model, text(seed), 0.7)
     layer = next(m for m in model.modules() if isinstance(m, Thresholded))
+    width = layer.down.nf
     right = 0
-    for x in torch.randn(20, 1, 1, layer.gate.in_features):  # type: ignore[arg-type]
+    for x in torch.randn(20, 1, 1, width):
         broken = copy.deepcopy(layer)
         with torch.no_grad():
             gate = broken.activation(broken.gate(x)).flatten()
             off = gate.abs() <= broken.thresholds
             broken.down.weight[off] = torch.nan
-            assert broken.up is not None
-            broken.up.weight[off] = torch.nan  # type: ignore[index,operator]
+            assert isinstance(broken.up, nn.Linear)
+            broken.up.weight[off] = torch.nan
             right += int(torch.allclose(broken(x), layer(x), atol=1e-5))
     return at_least(right / 20, 1.0)
 
