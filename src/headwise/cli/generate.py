@@ -37,7 +37,7 @@ def run(options: argparse.Namespace) -> int:
             attention_mask=inputs["attention_mask"],
             max_new_tokens=options.tokens,
             past_key_values=cache,
-            streamer=TextStreamer(tokenizer),
+            streamer=TextStreamer(tokenizer, skip_special_tokens=True),
             **sampling,
         )
     if cache is not None and not options.quiet:

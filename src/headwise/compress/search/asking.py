@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from headwise.instruments.examples import Examples, digests, read_examples
 
@@ -27,6 +27,11 @@ class Text:
         """Of one example."""
         first = next(iter(self.held_out[0].inputs.values()))
         return int(first.shape[1]) if first.dim() == 2 else 1
+
+    @property
+    def given(self) -> list[dict[str, Tensor]]:
+        """The calibration text as inputs of a model."""
+        return [batch.inputs for batch in self.calibration]
 
     @property
     def digests(self) -> list[str]:

@@ -193,7 +193,7 @@ class _Search:
         began = time.perf_counter()
         what, number = self.target.what, len(self.curve.points)
         look = view(self.current)
-        scores = channel_scores(look, self.text.calibration) if "channels" in self.kinds else None
+        scores = channel_scores(look, self.text.given) if "channels" in self.kinds else None
         given = candidates(look, self.kinds, self.text.tokens, scores)
         if not given:
             self._end("nothing is left that can go")
@@ -229,7 +229,7 @@ class _Search:
         self.tell(f"distilling for {seconds:g} s")
         trained = copy.deepcopy(self.current)
         began = time.perf_counter()
-        distil(trained, self.original, self.text.calibration, seconds=seconds, seed=self.seed)
+        distil(trained, self.original, self.text.given, seconds=seconds, seed=self.seed)
         words = (f"distilled for {seconds:g} s",)
         point = self._measured(trained, words, time.perf_counter() - began)
         self.curve.points.append(point)
@@ -246,7 +246,7 @@ class _Search:
 
     def _recover(self, layers: list[int]) -> None:
         """layers: which of the original's each layer that is left was."""
-        given = [batch.inputs for batch in self.text.calibration]
+        given = self.text.given
         try:
             compensate(self.current, self.original, given, layers=layers)
         except UnsupportedModelError:  # post-norm: attention and MLP do not add up
