@@ -36,7 +36,8 @@ class NoAttention(nn.Module):
             empty = hidden_states.new_zeros(batch, 1, n, 1)
             past.update(empty, empty, self.layer_idx)
         shape = (*hidden_states.shape[:-1], self.width)
-        out = hidden_states.new_zeros(shape) if self.bias is None else self.bias.expand(shape)
+        out = hidden_states.new_zeros(shape)
+        out = out if self.bias is None else out + self.bias  # no view: others may write into it
         if self.returns == 1:
             return out
         # T5 hands the bias on from layer to layer through what its attentions return
@@ -52,9 +53,8 @@ class NoFeedForward(nn.Module):
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if self.bias is None:
-            return torch.zeros_like(hidden_states)
-        return self.bias.expand_as(hidden_states)
+        out = torch.zeros_like(hidden_states)
+        return out if self.bias is None else out + self.bias
 
 
 class NoMixer(Mixer):
@@ -75,7 +75,8 @@ class NoMixer(Mixer):
     ) -> Tensor:
         if state is not None:
             state.seen += x.shape[1]
-        return torch.zeros_like(x) if self.bias is None else self.bias.expand_as(x)
+        out = torch.zeros_like(x)
+        return out if self.bias is None else out + self.bias
 
     def state_bytes(self, n: int, itemsize: int = 4) -> int:
         return 0
