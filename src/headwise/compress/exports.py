@@ -100,4 +100,5 @@ EXPORTS: dict[str, str] = {
     "mixture_to_dense": "headwise.compress.structure.mixtures",
     "MixtureToDense": "headwise.compress.structure.mixtures",
     "Densified": "headwise.compress.structure.mixtures",
+    "KeptInBits": "headwise.compress.bits.kept",
 }
