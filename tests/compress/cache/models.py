@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -44,7 +45,7 @@ def eager(model: Any) -> Any:
     return model
 
 
-MODELS: dict[str, Callable[[], Any]] = {
+MAKERS: dict[str, Callable[[], Any]] = {
     "llama": tiny.llama,
     "llama eager": lambda: eager(tiny.llama()),
     "gpt2": tiny.gpt2,
@@ -54,9 +55,12 @@ MODELS: dict[str, Callable[[], Any]] = {
     "gemma3": gemma3,
 }
 
+MODELS: dict[str, Callable[[], Any]] = {name: cache(make) for name, make in MAKERS.items()}
+"""Each made once."""
+
 
 @torch.no_grad()
-def logits(model: Any, cache: Any, ids: Tensor, sizes: list[int], **more: Any) -> Tensor:
+def logits(model: Any, held: Any, ids: Tensor, sizes: list[int], **more: Any) -> Tensor:
     """`(batch, n, vocabulary)` of a text read in steps of these sizes."""
     outs, start = [], 0
     for size in sizes:
@@ -66,7 +70,7 @@ def logits(model: Any, cache: Any, ids: Tensor, sizes: list[int], **more: Any) -
         if "position_ids" in more:
             given["position_ids"] = more["position_ids"][:, start : start + size]
         step = ids[:, start : start + size]
-        outs.append(model(step, past_key_values=cache, use_cache=True, **given).logits)
+        outs.append(model(step, past_key_values=held, use_cache=True, **given).logits)
         start += size
     return torch.cat(outs, 1)
 

@@ -140,15 +140,21 @@ class _Asked:
             scores = self.scores[places]
         else:
             scores = torch.zeros(alive.shape, device=device).masked_fill_(~alive, -math.inf)
-        if 2 * chosen > n:
-            keep = torch.ones_like(alive)
-            keep.scatter_(1, scores.topk(n - chosen, 1, largest=False, sorted=False).indices, False)
-        else:
-            keep = torch.zeros_like(alive)
-            keep.scatter_(1, scores.topk(chosen, 1, sorted=False).indices, True)
+        keep = _best(scores, chosen)
         indices = keep.nonzero()[:, 1].view(len(at), chosen)  # ascending
         real = alive.gather(1, indices)
         if k > n:  # rows of another block are longer
             indices = torch.nn.functional.pad(indices, (k - n, 0))
             real = torch.nn.functional.pad(real, (k - n, 0))
         return self.block.select(places, indices, None if bool(real.all()) else real, room)
+
+
+def _best(scores: Tensor, k: int) -> Tensor:
+    """`(R, n)`, True for the k highest of each row; of equal ones the newest, so that what is
+    kept does not depend on what else lies in the row."""
+    if not k:
+        return torch.zeros_like(scores, dtype=torch.bool)
+    least = scores.kthvalue(scores.shape[1] - k + 1, 1, keepdim=True).values
+    above, equal = scores > least, scores == least
+    newest = equal.flip(1).cumsum(1, dtype=torch.int32).flip(1)
+    return above | (equal & (newest <= k - above.sum(1, keepdim=True)))

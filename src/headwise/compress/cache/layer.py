@@ -145,7 +145,7 @@ class HeadLayer(CacheLayerMixin):
             flat = held.attend(asked, value.shape[-1])
             out = flat.view(*query.shape[:3], -1).transpose(1, 2).contiguous()
         held.observe(asked)
-        held.let_go(first, wait=self.record_past and not first)
+        held.let_go(first, wait=self.record_past)
         self.is_initialized = True
         return out.to(value.dtype)
 

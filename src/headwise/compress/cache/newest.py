@@ -16,7 +16,15 @@ class Newest:
         self.queries, self.places = queries, places
 
     def add(self, queries: Tensor, places: Tensor, limit: int) -> None:
-        """New ones at the end; of all no more than the newest `limit` stay."""
+        """New ones at the end; of all no more than the newest `limit` stay, and of a row that
+        ends in padding its newest real ones."""
+        if bool((places[:, -limit:] < 0).any()):
+            order = (places >= 0).to(torch.int8).argsort(stable=True, dim=1)[:, -limit:]
+            rows = torch.arange(len(order), device=order.device)[:, None]
+            queries, places = (
+                queries.transpose(1, 2)[rows, order].transpose(1, 2),
+                places[rows, order],
+            )
         queries, places = queries[:, :, -limit:], places[:, -limit:]
         if self.queries is None or self.places is None:
             self.queries, self.places = queries.clone(), places.clone()

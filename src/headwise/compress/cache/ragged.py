@@ -109,7 +109,10 @@ class Ragged:
         may be taken back."""
         if first:
             (borrowed,) = self.blocks
-            self.evict()
+            if wait:
+                self.due = True
+            else:
+                self.evict()
             make = self.rules.makers[self.layer]
             if self.blocks[0] is borrowed or make != Plain.make:
                 for block in self.blocks:
