@@ -12,8 +12,9 @@ peer kept is read off its keys and handed over in files; ours keeps the newest t
 
 "per head": kvpress' AdaKV over the same scores. Its split of the budget over heads (the best of
 each head are safe, then all compete) is not that of the paper, which is ours: for the comparison
-of tokens ours gets their numbers as a table, so that the same tokens are to be kept by both, and
-"per head, own split" is `Adaptive`, where tokens need not be the same.
+of tokens ours gets their numbers as a table, rounded up to a multiple of 16 (heads of one number
+share memory and calls), so that all that they keep is kept; "per head, own split" is `Adaptive`,
+where tokens need not be the same. "kept by both" is the share of the peer's entries that ours has.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ def cache_of(model: Any, policy: str, share: float, theirs: Kept | None) -> Any:
     elif policy.endswith("per head"):
         assert theirs is not None
         budget = PerHead([[len(head) for head in layer] for layer in theirs])
-    step = 16 if policy.endswith("own split") else 1
+    step = 16 if "per head" in policy else 1
     return HeadCache(model, budget, made, sinks=sinks, window=window, step=step)
 
 
