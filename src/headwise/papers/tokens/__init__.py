@@ -1,0 +1,1 @@
+"""Fewer tokens: pruned, merged, fused on the way through a model."""
