@@ -51,8 +51,8 @@ class Budget(ABC):
 
 
 def tokens(amount: Amount, length: int) -> int:
-    """An amount as a number of tokens."""
-    return math.ceil(amount * length - 1e-9) if isinstance(amount, float) else amount
+    """An amount as a number of tokens: no fewer than the share, but for the rounding of floats."""
+    return math.ceil(amount * (1 - 1e-6) * length) if isinstance(amount, float) else amount
 
 
 def checked(amount: Amount, name: str = "budget", least: int = 1) -> Amount:
