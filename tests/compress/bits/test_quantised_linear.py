@@ -92,7 +92,7 @@ def layer(bits: int, group: int | None, activations: str = "float") -> Quantised
     return made
 
 
-@pytest.mark.parametrize("bits", [8, 4, 2])
+@pytest.mark.parametrize("bits", [8, 4, 3, 2])
 @pytest.mark.parametrize("group", [None, 16])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_forward_is_a_product_with_the_weight(
@@ -141,7 +141,7 @@ def test_the_weight_cannot_be_written_into() -> None:
     assert one.weight.requires_grad is False
 
 
-@pytest.mark.parametrize(("bits", "codes"), [(8, 48), (4, 24), (2, 12)])
+@pytest.mark.parametrize(("bits", "codes"), [(8, 48), (4, 24), (3, 18), (2, 12)])
 def test_bytes_are_gone(bits: int, codes: int) -> None:
     held = {name: value.nbytes for name, value in layer(bits, None).state_dict().items()}
     want = {"codes": 21 * codes, "scale": 21 * 4, "bias": 21 * 4}
@@ -156,6 +156,8 @@ def test_what_cannot_be_is_refused() -> None:
         QuantisedLinear(8, 8, 8, group=3)
     with pytest.raises(ValueError, match="one scale"):
         QuantisedLinear(8, 8, 8, group=4, activations="int8")
+    with pytest.raises(ValueError, match="integer product"):
+        QuantisedLinear(8, 8, 3, activations="int8")
     with pytest.raises(ValueError, match="activations="):
         QuantisedLinear(8, 8, 8, activations="int4")
     with pytest.raises(ValueError, match="do not fit"):

@@ -109,7 +109,7 @@ def test_what_cannot_be_is_refused_before_anything_changes() -> None:
     model = tiny.llama()
     before = {n: p.clone() for n, p in model.named_parameters()}
     for bits, group, message in [
-        (3, None, "bits=3"),
+        (5, None, "bits=5"),
         (4, 5, "does not divide"),
         ({"model.layers.7": 4}, None, "has no module"),
         ({"model.norm": 4}, None, "holds no matrix"),

@@ -1,4 +1,4 @@
-"""A linear layer whose weights are codes of 8, 4 or 2 bits: a quarter to a sixteenth the bytes."""
+"""A linear layer whose weights are codes of 8, 4, 3 or 2 bits."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ class QuantisedLinear(nn.Module):
     `activations`: "float" multiplies x as it is with weights that become floats some rows at a
     time (nothing is as large as the float weight was; slower than it); "int8" rounds each token
     to 8 bits and multiplies integers (several times as fast as float32; needs one scale a row,
-    group=None). `bits`: 8, 4, 2. `group`: weights that share a scale, None for a row.
+    group=None, and not 3 bits). `bits`: 8, 4, 3, 2. `group`: weights that share a scale, None for
+    a row.
 
     Buffers: `codes` `(out, in)` int8 for 8 bits, else `(out, in * bits / 8)` uint8 packed; `scale`
     `(out, groups)`; `zero` `(out, groups)` uint8, not for 8 bits. `bias` is a parameter.
@@ -151,6 +152,11 @@ def check_form(width: int, bits: int, group: int | None, activations: str) -> No
     if activations not in ACTIVATIONS:
         raise ValueError(f"activations={activations!r}: expected one of {', '.join(ACTIVATIONS)}")
     check_group(width, group)
+    if activations == "int8" and bits == 3:
+        raise ValueError(
+            "bits=3 with activations='int8': codes that lie across bytes have no integer product; "
+            "expected 8, 4 or 2 bits, or activations='float'"
+        )
     if activations == "int8" and group is not None:
         raise ValueError(
             f"group={group} with activations='int8': integers are added up over the whole row, "

@@ -17,7 +17,7 @@ from torch import Tensor
 
 __all__ = ["BITS", "Rounded", "check_group", "round_to_nearest", "rounded"]
 
-BITS = (8, 4, 2)
+BITS = (8, 4, 3, 2)
 """Widths that modules can hold; `rounded` takes every width from 1 to 8."""
 
 

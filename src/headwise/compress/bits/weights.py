@@ -1,4 +1,4 @@
-"""`quantise`: the linear layers of a model in 8, 4 or 2 bits, with the float weights gone.
+"""`quantise`: the linear layers of a model in 8, 4, 3 or 2 bits, with the float weights gone.
 
 Rounding is to the nearest. torchao's tensors do the same, but cannot be written to safetensors
 as they are, and were slower here on a CPU (`bench/shrink_weights.py` shows both), so codes are
@@ -86,7 +86,7 @@ def quantise(
         quantise(model, bits=8, activations="int8")                # fastest
         quantise(model, bits={"model.layers.0": 8, "model.layers.1.mlp": 4}, group=64)
 
-    bits: 8, 4 or 2, for all matrices in the layers (embeddings and the output layer stay as they
+    bits: 8, 4, 3 or 2, for all matrices in the layers (embeddings and the output layer stay as they
     are); or by name: of matrices, or of modules that hold some, where the longer name wins and
     None means to leave it. group: neighbours in a row that share a scale, which must divide every
     row; None: the row. activations: "float", or "int8": tokens are rounded to 8 bits as well, each
