@@ -8,6 +8,7 @@ from headwise.cli.errors import UserError
 from headwise.cli.progress import Progress
 from headwise.cli.see import default_text
 from headwise.cli.sources import ModelSource, model_source, output_folder, read_texts
+from headwise.compress.search.targets import Keep, Limit
 
 if TYPE_CHECKING:
     from headwise.compress.search.curve import Curve
@@ -17,6 +18,9 @@ REPORT = "report.html"
 
 def run(options: argparse.Namespace) -> int:
     """Search, print the curve, leave the model and the page; 1 where the budget was not met."""
+    Keep.read(options.keep)  # refused, if it has to be, before anything is loaded
+    if options.quality is not None:
+        Limit.read(options.quality)
     source = model_source(options.model, options.gguf_file)
     texts = read_texts(options.text) if options.text else None
     out = _folder(options, source)

@@ -19,7 +19,7 @@ from headwise.report.remains_picture import remains_picture
 __all__ = ["curve_pictures", "write_shrink"]
 
 _PAGE = """
-body { margin: 0 auto; max-width: 60rem; padding: 2rem 1.25rem 4rem; color: var(--hw-ink);
+body { margin: 0 auto; max-width: 66rem; padding: 2rem 1.25rem 4rem; color: var(--hw-ink);
   background: var(--hw-paper); font: 16px/1.5 system-ui, sans-serif; }
 h1 { font-size: 1.6rem; margin: 0; } h2 { font-size: 1.15rem; margin: 2.5rem 0 .5rem; }
 p { max-width: 46rem; } .muted, caption { color: var(--hw-muted); }
@@ -28,7 +28,7 @@ svg { width: 100%; height: auto; border: 1px solid var(--hw-line); border-radius
 .wide { overflow-x: auto; } table { border-collapse: collapse; font-size: .85rem; }
 th, td { padding: .3rem .6rem; text-align: right; border-bottom: 1px solid var(--hw-line);
   white-space: nowrap; font-variant-numeric: tabular-nums; }
-th:last-child, td:last-child { text-align: left; white-space: normal; min-width: 16rem; }
+th:last-child, td:last-child { text-align: left; white-space: normal; min-width: 14rem; }
 tr.chosen { font-weight: 600; } tr.refused { color: var(--hw-muted); }
 code { font-size: .85rem; overflow-wrap: anywhere; }
 """
@@ -54,7 +54,7 @@ def curve_pictures(curve: Curve) -> list[Picture]:
         lines: dict[str, Any] = {}
         for label, points in (("taken", kept), ("refused", refused)):
             if points:
-                order = sorted(points, key=lambda point: -point.left[curve.what])
+                order = sorted(points, key=lambda point: point.left[curve.what])
                 lines[label] = (
                     [point.left[curve.what] for point in order],
                     [getattr(point.quality, name) for point in order],

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from headwise.compress.search.asking import Text
 from headwise.compress.search.cache_settings import POLICIES, CacheSettings, cache_of
+from headwise.compress.search.cached_reading import full_bytes, read_with_cache
 from headwise.compress.search.curve import Curve, Point
 from headwise.compress.search.kept import Kept
 from headwise.compress.search.quality import Quality, measure_quality
@@ -28,8 +29,6 @@ from headwise.instruments.run import evaluating
 from headwise.models import UnsupportedModelError, view
 from headwise.models.identity import weights_hash
 
-PIECE = 16
-"""Tokens that are read at a time after the prompt."""
 BITS = (None, 8, 4)
 _TRIES = 4
 LEVELS = (0.25, 0.5, 1.0, 2.0, 4.0)
@@ -100,17 +99,19 @@ class _CacheSearch:
             )
         self.layers = len(look.layers)
         self.width = 8 * next(model.parameters()).element_size()  # bits of a number
+        self.bits = [bits for bits in BITS if bits is None or bits < self.width]
         self.curve = Curve("kv", target.share, [])
         self.curve.about |= {"tried": {}, "settings": []}
         tokens = text.tokens
         window = max(4, min(16, int(tokens * target.share) // 2))
         self.usual = CacheSettings(window=window, sinks=min(4, window))
-        least = (self.usual.sinks + window) / tokens * min(_bytes(b, self.width) for b in BITS)
+        smallest = replace(self.usual, policy="sinks and window", share=1e-9)
+        least = min(self._share(replace(smallest, bits=bits)) for bits in self.bits)
         if target.share < least:
             raise UnreachableError(
-                f"keep {target}: sinks and window ({self.usual.sinks} + {window} of {tokens} "
-                f"tokens) at {BITS[-1]} bits are kv={least:.4f}; ask for that or more, or measure "
-                "on longer texts (tokens=)",
+                f"keep {target}: with nothing but sinks and window ({self.usual.sinks} + {window} "
+                f"of {tokens} tokens) the cache holds kv={least:.3f}; ask for that or more, or "
+                "measure on longer texts (tokens=)",
                 least,
             )
 
@@ -118,10 +119,11 @@ class _CacheSearch:
         """One more thing that is measured."""
         waiting = [s for s in self._candidates() if str(s) not in self._tried]
         if waiting:
-            settings, quality = self._fitted(waiting[0], self.target.share)
-            loss = quality.loss_change
-            self._tried[str(waiting[0])] = {"settings": settings.as_dict(), "loss": loss}
-            self.tell(f"{settings}: loss {loss:+.4f}")
+            settings, share = self._fitted(waiting[0], self.target.share)
+            loss = self._measured(settings, self.text.calibration)[0].loss_change
+            found = {"settings": settings.as_dict(), "loss": loss, "kv": share}
+            self._tried[str(waiting[0])] = found
+            self.tell(f"kv={share:.3f}, loss {loss:+.4f}, {settings}")
             return
         best = self._best()
         shares = [s for s in STEPS if s > self.target.share * 1.05] + [self.target.share]
@@ -149,9 +151,7 @@ class _CacheSearch:
     def _candidates(self) -> list[CacheSettings]:
         """What is tried next, in order; later stages build on the best of the earlier ones."""
         first = []
-        for bits in BITS:
-            if bits is not None and bits >= self.width:
-                continue
+        for bits in self.bits:
             for policy in POLICIES:
                 settings = self._at(
                     replace(self.usual, policy=policy, bits=bits), self.target.share
@@ -190,22 +190,29 @@ class _CacheSearch:
     def _best(self) -> CacheSettings:
         from headwise.compress.search.cache_settings import settings_of
 
-        known = min(self._tried.values(), key=lambda one: one["loss"])
+        within = [one for one in self._tried.values() if one["kv"] <= self.target.share]
+        known = min(within or self._tried.values(), key=lambda one: one["loss"])
         return settings_of(known["settings"])
 
-    def _fitted(self, settings: CacheSettings, share: float) -> tuple[CacheSettings, Quality]:
-        """With so few tokens that the bytes measured are within the share: a cache also holds
-        positions, scales and room for what comes."""
-        first = self.text.calibration[0].inputs["input_ids"][:1]
-        with torch.no_grad():
-            for _ in range(_TRIES):
-                with cache_of(self.model, settings) as cache:
-                    read_with_cache(self.model, first, cache)
-                    found = cache.nbytes() / full_bytes(self.model, first)
-                if found <= share:
-                    break
-                settings = _scaled(settings, 0.98 * share / found)
-        return settings, self._measured(settings, self.text.calibration)[0]
+    def _fitted(self, settings: CacheSettings, share: float) -> tuple[CacheSettings, float]:
+        """With so few tokens that the bytes measured are within the share, if that can be: a cache
+        also holds positions, scales, what a policy notes, and room for what comes. With the share
+        that it came to."""
+        found = self._share(settings)
+        for _ in range(_TRIES):
+            if found <= share:
+                break
+            settings = _scaled(settings, 0.98 * share / found)
+            found = self._share(settings)
+        return settings, found
+
+    def _share(self, settings: CacheSettings) -> float:
+        """Bytes of the cache at the end of one example, of those of a full one."""
+        ids = self.text.calibration[0].inputs["input_ids"][:1]
+        with torch.no_grad(), cache_of(self.model, settings) as cache:
+            read_with_cache(self.model, ids, cache)
+            held: int = cache.nbytes()
+        return held / full_bytes(self.model, ids)
 
     def _measured(
         self, settings: CacheSettings, batches: Sequence[Examples]
@@ -255,26 +262,6 @@ def _second_half(model: nn.Module, batch: Examples) -> Tensor:
     ids = batch.inputs["input_ids"]
     logits: Tensor = model(input_ids=ids).logits[:, ids.shape[1] // 2 :]
     return logits
-
-
-def read_with_cache(model: nn.Module, ids: Tensor, cache: Any, piece: int = PIECE) -> Tensor:
-    """Logits `(batch, n - n // 2, vocabulary)` of the second half of `ids` `(batch, n)`, read in
-    pieces with the cache in force; the first half is the prompt."""
-    half = ids.shape[1] // 2
-    found = [model(input_ids=ids[:, :half], past_key_values=cache, use_cache=True).logits[:, :0]]
-    for start in range(half, ids.shape[1], piece):
-        part = ids[:, start : start + piece]
-        found.append(model(input_ids=part, past_key_values=cache, use_cache=True).logits)
-    return torch.cat(found, 1)
-
-
-def full_bytes(model: nn.Module, ids: Tensor) -> int:
-    """Of a cache that keeps everything as the model computes it."""
-    size = next(model.parameters()).element_size()
-    return sum(
-        ids.numel() * a.kv_heads * (a.key_weight().shape[1] + a.value_weight().shape[1]) * size
-        for a in view(model).attentions
-    )
 
 
 def _bytes(bits: int | None, width: int) -> float:

@@ -15,6 +15,8 @@ from headwise.models.spots import down_projection
 KINDS = ("heads", "channels", "attention", "mlp", "layers")
 SLICE = 16
 """A feed-forward part goes in so many slices."""
+OFFERED = 3
+"""Slices of one layer that can go in a round: prices of more would speak of another model."""
 
 
 @dataclass(frozen=True)
@@ -66,8 +68,8 @@ def candidates(
     """Everything of these kinds that can go, with what it saves.
 
     tokens: length of the inputs, for the work of attention. channel_scores: layer -> `(channels,)`;
-    the slice of a layer that is a candidate is that of its lowest scores. One group of heads of an
-    attention, one slice of a feed-forward part, one attention and one feed-forward part always
+    the slices of a layer that are candidates are those of its lowest scores. One group of heads of
+    an attention, one slice of a feed-forward part, one attention and one feed-forward part always
     stay. Raises ValueError for kinds that are not in `KINDS`, UnsupportedModelError for a model of
     several stacks.
     """
@@ -82,11 +84,8 @@ def candidates(
         if "attention" in kinds and part.groups and attentions > 1:
             found.append(Candidate("attention", part.layer, (), *part.attention))
         scores = (channel_scores or {}).get(part.layer)
-        size = -(-part.channels // SLICE)
-        if "channels" in kinds and scores is not None and part.channels > size:
-            lowest = scores.argsort()[:size].sort().values.tolist()
-            cost = part.per_channel * size
-            found.append(Candidate("channels", part.layer, tuple(lowest), cost, cost))
+        if "channels" in kinds and scores is not None:
+            found += _slices(part, scores)
         if "mlp" in kinds and part.channels and feeds > 1:
             found.append(Candidate("mlp", part.layer, (), *part.feed))
         last = (attentions == 1 and part.groups) or (feeds == 1 and part.channels)
@@ -148,6 +147,17 @@ def _parts(view: ModelView, tokens: int) -> list[_Parts]:
         groups = _groups(own[0], tokens) if own else []
         found.append(_Parts(layer.index, groups, *_feed(layer)))
     return found
+
+
+def _slices(part: _Parts, scores: Tensor) -> list[Candidate]:
+    """The channels of the lowest scores, a slice at a time; one slice always stays."""
+    size = -(-part.channels // SLICE)
+    order, cost = scores.argsort().tolist(), part.per_channel * size
+    count = min(OFFERED, (part.channels - 1) // max(1, size))
+    return [
+        Candidate("channels", part.layer, tuple(sorted(order[at : at + size])), cost, cost)
+        for at in range(0, count * size, size)
+    ]
 
 
 def _check(view: ModelView, kinds: Sequence[str]) -> None:

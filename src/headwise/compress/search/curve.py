@@ -50,6 +50,9 @@ class Curve:
 
     @property
     def met(self) -> bool:
+        """Whether the chosen point is within the budget."""
+        if not self.points:
+            return False
         return self.points[self.chosen].left[self.what] <= self.share * (1 + 1e-9)
 
     @property

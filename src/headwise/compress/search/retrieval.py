@@ -145,7 +145,7 @@ def _in_words(
     room = length - around
     if room < 1:
         raise ValueError(f"length {length}: the {kind} and the question alone are {around} tokens")
-    filler = ids(_MONOTONOUS * (room // max(1, len(ids(_MONOTONOUS))) + 1))[:room]
+    filler = ids(_MONOTONOUS * (room // max(1, len(ids(_MONOTONOUS))) + 2))[:room]
     at = round(depth * room)
     prompt = [*special, *filler[:at], *ids(said), *filler[at:], *ids(asked)]
     return torch.tensor(prompt), torch.tensor(ids(wanted))

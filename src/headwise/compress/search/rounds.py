@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from torch import Tensor, nn
 
@@ -55,9 +55,10 @@ def take_out(model: nn.Module, chosen: Sequence[Candidate]) -> None:
     heads = [(c.layer, head) for c in chosen if c.kind == "heads" for head in c.which]
     if heads:
         prune_heads(model, heads)
-    channels: Mapping[int, list[int]] = {
-        c.layer: list(c.which) for c in chosen if c.kind == "channels"
-    }
+    channels: dict[int, list[int]] = {}
+    for one in chosen:
+        if one.kind == "channels":
+            channels.setdefault(one.layer, []).extend(one.which)
     if channels:
         prune_channels(model, channels)
     for kind in WHOLE:  # layers last: they change the numbers of others

@@ -1,0 +1,142 @@
+"""`headwise shrink` and `headwise generate`, from the arguments to the model and the page."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import headwise
+from headwise.cli import main
+from tests.cli.command import refusal, spawn
+
+Capture = pytest.CaptureFixture[str]
+pytestmark = pytest.mark.usefixtures("offline_and_elsewhere")
+QUICK = ("--rounds", "2", "--repeats", "1", "--tokens", "24", "--windows", "8")
+
+
+def test_a_smaller_model_its_curve_and_its_page(llama: Path, text: Path, tmp_path: Path) -> None:
+    """As a user does it, with nothing but the command, and then another to try it."""
+    done = spawn("shrink", llama, "--keep", "params=0.9", "--text", text, "--out", "small", *QUICK,
+                 cwd=tmp_path)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "Reached params=0.9" in done.stdout
+    assert "try it: headwise generate small" in done.stdout
+    there = {file.name for file in (tmp_path / "small").iterdir()}
+    assert there == {"curve.json", "model", "report.html"}
+    known: dict[str, Any] = json.loads((tmp_path / "small/curve.json").read_text("utf-8"))
+    assert known["met"]
+    model = headwise.load(tmp_path / "small" / "model")
+    left = sum(p.numel() for p in model.parameters()) / known["original"]["params"]
+    assert left == pytest.approx(known["points"][known["chosen"]]["left"]["params"])
+    page = (tmp_path / "small" / "report.html").read_text("utf-8")
+    assert "What it costs" in page
+    assert "What is left of every layer" in page
+    assert "headwise shrink" in page
+    said = spawn("generate", "small", "--prompt", "A head", "--tokens", "4", cwd=tmp_path)
+    assert said.returncode == 0, said.stderr
+    assert said.stdout.startswith("A head")
+
+
+def test_a_cache_that_was_found_is_used_to_generate(
+    llama: Path, text: Path, capsys: Capture
+) -> None:
+    # 8 windows of 160 tokens are more than the text holds: it is read as it is, in fewer
+    text.write_text(text.read_text() * 8)
+    asked = ("--keep", "kv=0.5", "--text", text, "--out", "kv", "--tokens", "160", "--windows", "2")
+    assert main([str(one) for one in ("shrink", llama, *asked, "--quiet")]) == 0
+    assert "kv=0.5" in capsys.readouterr().out
+    assert json.loads(Path("kv/curve.json").read_text("utf-8"))["cache"]
+    assert main(["generate", "kv", "--prompt", "A head", "--tokens", "3"]) == 0
+    told = capsys.readouterr()
+    assert told.out.startswith("A head")
+    assert "cache: " in told.err
+
+
+def test_generate_takes_any_model_and_the_standard_input(
+    llama: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    import io
+
+    monkeypatch.setattr("sys.stdin", io.StringIO("A head"))
+    assert main(["generate", str(llama), "--tokens", "3", "--temperature", "1", "--quiet"]) == 0
+    assert capsys.readouterr().out.startswith("A head")
+
+
+def test_a_bound_that_ends_the_search_is_said_and_is_the_exit_code(
+    llama: Path, text: Path, capsys: Capture
+) -> None:
+    asked = ("--keep", "params=0.9", "--quality", "kl<=0.00000001", "--text", text, "--out", "no")
+    code = main([str(one) for one in ("shrink", llama, *asked, *QUICK, "--quiet")])
+    assert code == 1
+    out = capsys.readouterr().out
+    assert "Asked for params=0.9" in out
+    assert "allows no further step" in out
+    assert "refused" in Path("no/report.html").read_text("utf-8")
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        (("--keep", "params=0.001"), "leaves params=0."),
+        (("--keep", "size=0.5"), "expected one of params, time, kv"),
+        (("--keep", "params=2"), "at most 1"),
+        (("--keep", "params=0.9", "--quality", "loss"), "no bound on quality"),
+        (("--keep", "params=0.9", "--kinds", "tails"), "expected some of heads"),
+        (("--keep", "params=0.9", "--windows", "1"), "2 or more"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_in_one_line(
+    llama: Path, text: Path, asked: tuple[str, ...], said: str, capsys: Capture
+) -> None:
+    line = refusal(
+        capsys, "shrink", llama, "--text", text, "--tokens", "24", "--out", "x", "--quiet", *asked
+    )
+    assert said in line
+
+
+def test_a_folder_with_a_search_is_not_written_over(
+    llama: Path, text: Path, capsys: Capture
+) -> None:
+    folder = Path("done")
+    folder.mkdir()
+    (folder / "curve.json").write_text("{}")
+    line = refusal(capsys, "shrink", llama, "--keep", "params=0.9", "--text", text, "--out", folder)
+    assert "--resume" in line
+    assert "no curve" in refusal(
+        capsys,
+        "shrink",
+        llama,
+        "--keep",
+        "params=0.9",
+        "--text",
+        text,
+        "--out",
+        folder,
+        "--resume",
+        "--quiet",
+    )
+    assert "holds no model" in refusal(capsys, "generate", folder, "--prompt", "A")
+    assert "no folder" in refusal(capsys, "generate", "nowhere", "--prompt", "A")
+
+
+def test_what_generate_says_is_what_the_model_says(
+    llama: Path, text: Path, capsys: Capture
+) -> None:
+    from transformers import AutoTokenizer
+
+    asked = ("--keep", "params=0.95", "--text", text, "--out", "small", *QUICK, "--quiet")
+    assert main([str(one) for one in ("shrink", llama, *asked)]) == 0
+    capsys.readouterr()
+    assert main(["generate", "small", "--prompt", "A head", "--tokens", "5", "--quiet"]) == 0
+    out = capsys.readouterr().out
+    model = headwise.load("small/model")
+    words = AutoTokenizer.from_pretrained("small/model")
+    inputs = words("A head", return_tensors="pt")
+    with torch.no_grad():
+        found = model.generate(
+            input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"],
+            max_new_tokens=5, do_sample=False,
+        )  # fmt: skip
+    assert out.strip() == words.decode(found[0], skip_special_tokens=True).strip()

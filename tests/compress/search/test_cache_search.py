@@ -1,0 +1,85 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from headwise.compress.search.asking import read_text
+from headwise.compress.search.cache_search import search_cache
+from headwise.compress.search.cache_settings import CacheSettings, cache_of, settings_of
+from headwise.compress.search.cached_reading import full_bytes, read_with_cache
+from headwise.compress.search.searching import shrink
+from headwise.compress.search.targets import Keep, UnreachableError
+from headwise.models import UnsupportedModelError
+from tests.instruments.tiny import bert, llama
+
+
+def ids(model: Any, batch: int, n: int) -> torch.Tensor:
+    return torch.randint(0, model.config.vocab_size, (batch, n), generator=torch.manual_seed(0))
+
+
+def test_reading_in_pieces_with_all_that_is_kept_is_reading_at_once() -> None:
+    model = llama().eval()
+    tokens = ids(model, 3, 50)
+    with torch.no_grad(), cache_of(model, CacheSettings()) as cache:
+        found = read_with_cache(model, tokens, cache, piece=7)
+        whole = model(input_ids=tokens).logits[:, 25:]
+    torch.testing.assert_close(found, whole, atol=1e-5, rtol=1e-5)
+
+
+def test_a_full_cache_is_as_large_as_that_of_transformers() -> None:
+    model = llama().eval()
+    tokens = ids(model, 2, 33)
+    with torch.no_grad():
+        held = model(input_ids=tokens, use_cache=True).past_key_values
+    counted = sum(layer.keys.nbytes + layer.values.nbytes for layer in held.layers)
+    assert full_bytes(model, tokens) == counted
+
+
+def test_settings_come_back_from_a_file() -> None:
+    made = CacheSettings("key norm", 0.5, "by layer", (0.25, 0.75), 4)
+    assert settings_of(made.as_dict()) == made
+    with pytest.raises(ValueError, match="expected"):
+        settings_of({"policy": "key norm", "budget": 3})
+    with pytest.raises(ValueError, match="expected one of"):
+        CacheSettings("forget")
+
+
+def test_the_cache_that_is_found_is_within_the_bytes_and_resumes(tmp_path: Path) -> None:
+    model = llama().eval()
+    tokens = ids(model, 2, 160)
+    whole = shrink(model, "kv=0.4", tokens)
+    assert whole.met
+    assert whole.best.left["kv"] <= 0.4
+    assert whole.cache is not None
+    assert whole.points[0].left["kv"] == 1.0
+    with cache_of(model, whole.cache) as cache, torch.no_grad():
+        read_with_cache(model, tokens[:1], cache)
+        assert cache.nbytes() / full_bytes(model, tokens[:1]) <= 0.4
+
+    class KilledError(Exception):
+        pass
+
+    said: list[str] = []
+
+    def stop(words: str) -> None:
+        said.append(words)
+        if len(said) == 6:
+            raise KilledError
+
+    text = read_text(model, tokens)
+    with pytest.raises(KilledError):
+        search_cache(model, Keep("kv", 0.4), text, out=tmp_path / "kv", tell=stop)
+    done = search_cache(model, Keep("kv", 0.4), text, out=tmp_path / "kv", resume=True)
+    assert done.cache == whole.cache
+    assert [p.quality for p in done.points] == [p.quality for p in whole.points]
+    assert (tmp_path / "kv" / "model" / "config.json").is_file()
+
+
+def test_what_has_no_cache_or_no_room_is_refused() -> None:
+    model = llama().eval()
+    with pytest.raises(UnreachableError, match="sinks and window") as refused:
+        shrink(model, "kv=0.01", ids(model, 4, 64))
+    assert refused.value.reachable > 0.01
+    with pytest.raises(UnsupportedModelError, match="no cache"):
+        shrink(bert().eval(), "kv=0.5", ids(bert(), 4, 16))
