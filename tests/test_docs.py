@@ -33,6 +33,22 @@ def test_the_code_on_the_page_of_weights_runs(monkeypatch: pytest.MonkeyPatch) -
     assert names["scores"].top(1, "k")[0].score > 2 * names["scores"].random
 
 
+def test_the_code_on_the_page_of_shrinking_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    text = (DOCS / "shrink.md").read_text(encoding="utf-8")
+    names: dict[str, Any] = {}
+    blocks = re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    assert len(blocks) >= 4
+    for block in blocks:
+        exec(compile(block, "shrink.md", "exec"), names)
+    assert names["curve"].met
+    assert (tmp_path / "mine" / "headwise.json").is_file()
+    assert names["cached"].tokens > 0.3
+
+
 @pytest.mark.parametrize("page", ["causes.md", "steering.md"])
 def test_the_code_on_pages_about_known_circuits_runs(
     page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

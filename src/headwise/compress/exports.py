@@ -11,6 +11,7 @@ EXPORTS: dict[str, str] = {
     "share_attention": "headwise.compress.structure.shared_maps",
     "map_similarity": "headwise.compress.structure.shared_maps",
     "Curve": "headwise.compress.search.curve",
+    "benchmark": "headwise.compress.search.harness",
     "Step": "headwise.compress.step",
     "UnreachableError": "headwise.compress.search.targets",
     "measure_quality": "headwise.compress.search.quality",
