@@ -224,8 +224,8 @@ def drafters_are_found(index: Callable[[int], Tensor], seed: int) -> Measured:
 
 @claim(control=reversed_budgets, unit="error by that of even budgets", seeds=SEEDS)
 def the_same_memory_is_better_spent(budgets: Callable[..., Tensor], seed: int) -> Measured:
-    """With a tenth of the cache, the outputs' error is at most 0.7 of what an even split of the same
-    memory gives (0.31 to 0.59 over five draws; half was expected)."""
+    """With a tenth of the cache, the error is at most 0.7 of what an even split of the same memory
+    gives (0.31 to 0.59 over five draws; half was expected)."""
     index = index_of(seed)
     drafts = len(DRAFTERS) * index.shape[1]
     even = error(even_budgets(index, drafts, ROOM), seed)
