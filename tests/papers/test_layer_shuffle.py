@@ -35,8 +35,6 @@ def test_the_guess_of_the_place_is_a_penalty_and_has_gradients() -> None:
     assert all(p.grad is not None for p in model.guess.parameters())
     guessed = torch.as_tensor(model.penalty()).detach()
     assert abs(float(guessed) - 0.1 * float(torch.tensor(6.0).log())) < 0.1
-        abs(float(torch.as_tensor(model.penalty()).detach()) - 0.1 * torch.tensor(6.0).log()) < 0.1
-    )  # type: ignore[arg-type]
     assert LayerShuffle().penalty() == 0.0
 
 
