@@ -1,6 +1,8 @@
 """Public name -> the module of this room that defines it."""
 
 EXPORTS: dict[str, str] = {
+    "Confidence": "headwise.compress.structure.early_exit",
+    "EarlyExit": "headwise.compress.structure.early_exit",
     "open_share": "headwise.compress.structure.layer_routers",
     "router_parameters": "headwise.compress.structure.layer_routers",
     "route_attention": "headwise.compress.structure.layer_routers",
