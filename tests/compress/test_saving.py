@@ -195,6 +195,19 @@ def test_our_own_models_are_filled_into_what_the_caller_built(tmp_path: Path) ->
         headwise.load(tmp_path / "it", into=_own(3))
 
 
+def test_watching_and_training_settings_do_not_stand_in_the_way(tmp_path: Path) -> None:
+    model = _smaller("t5")
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.37
+    handle = model.register_forward_hook(lambda *a: None)
+    headwise.save(model.train(), tmp_path / "it")
+    handle.remove()
+    batch = inputs(model.eval())
+    with torch.no_grad():
+        assert torch.equal(scores(headwise.load(tmp_path / "it")(**batch)), scores(model(**batch)))
+
+
 # -- what must not happen ------------------------------------------------------------------------
 
 

@@ -19,8 +19,14 @@ from headwise.models.structure import ModelView
 _CHANNELS = ("intermediate_size", "n_inner", "ffn_dim", "d_ff", "hidden_dim")
 _HEADS = ("num_attention_heads", "num_heads")
 _PLACES = (int, float, bool, str, tuple, type(None))
-_SILENT = ("training", "gradient_checkpointing", "num_heads", "num_key_value_heads", "kept")
-"""Attributes that may differ: they are for views, or count what the shapes say already."""
+_SILENT = (
+    *("training", "gradient_checkpointing", "p", "max_seq_len_cached"),
+    *("num_heads", "num_key_value_heads", "kept"),
+)
+"""Attributes that may differ: they are for training, change while a model runs, are for views, or
+count what the shapes say already. So are all with "drop" in their names."""
+
+_ROOM = "headwise.compress."
 
 
 def plain_config(model: nn.Module) -> tuple[Any | None, str]:
@@ -68,9 +74,7 @@ def difference(made: nn.Module, model: nn.Module) -> str:
         a, b = mine[name], theirs[name]
         if type(a) is not type(b):
             return f"{name} is a {type(a).__name__}, not a {type(b).__name__}"
-        if len(a._forward_pre_hooks) + len(a._forward_hooks) != len(b._forward_pre_hooks) + len(
-            b._forward_hooks
-        ):
+        if _hooks(a) != _hooks(b):
             return f"{name} is run in another way"
         where = f"{name}." if name else ""
         shapes = [
@@ -85,11 +89,19 @@ def difference(made: nn.Module, model: nn.Module) -> str:
             return f"{where}{which} is {sizes[0]}, and an ordinary config makes it {sizes[1]}"
         for key in sorted(vars(a).keys() & vars(b).keys()):
             one, other = vars(a)[key], vars(b)[key]
-            if key.startswith("_") or key in _SILENT or type(one) not in _PLACES:
+            if key.startswith("_") or key in _SILENT or "drop" in key or type(one) not in _PLACES:
                 continue
             if one != other:
                 return f"{where}{key} is {one}, and an ordinary config makes it {other}"
     return ""
+
+
+def _hooks(module: nn.Module) -> list[str]:
+    """The hooks that a step put there, not those of somebody who watches."""
+    every = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+    names = [getattr(hook, "__func__", hook) for hook in every]
+    mine = [hook for hook in names if getattr(hook, "__module__", "").startswith(_ROOM)]
+    return sorted(getattr(hook, "__qualname__", type(hook).__qualname__) for hook in mine)
 
 
 def _differs(name: str, shapes: list[dict[str, tuple[int, ...]]]) -> bool:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from headwise.models.cached import CachedKeys
 from headwise.models.errors import UnsupportedModelError
 from headwise.models.projections import READ
 
@@ -68,11 +69,12 @@ class Gathering:
         """Keys and values `(batch, kv_heads, n, d)` to `(batch, heads, all so far, d)`."""
         if self._inner is not None:
             keys, values = self._inner.update(keys, values, *args, **kwargs)
-        if not isinstance(keys, Tensor) or not isinstance(values, Tensor):
+        known = isinstance(keys, Tensor) and not isinstance(keys, CachedKeys)
+        if not known or not isinstance(values, Tensor):
             raise UnsupportedModelError(
-                f"{type(self._inner).__name__} does not give keys and values as tensors, and this "
-                "layer has unequal groups of query heads: remove as many query heads of every "
-                "group, or use a cache of transformers"
+                f"{type(self._inner).__name__} does not hand over its keys and values as tensors, "
+                "and this layer has unequal groups of query heads: remove as many query heads of "
+                "every group, or use a cache of transformers"
             )
         index = torch.tensor(self._of, device=keys.device)
         return keys.index_select(1, index), values.index_select(1, index)

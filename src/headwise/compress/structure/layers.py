@@ -65,6 +65,8 @@ def drop_layers(
     residual, not even a bias (He et al. 2024, arXiv 2406.15786, drop attentions alone). Layers
     that are left are renumbered, and the config with all its lists by layer says so, so that
     caches, masks and sliding windows are right. stack: needed where the model has several.
+    (transformers makes T5's caches as long as its encoder: `generate` of one with fewer encoder
+    than decoder layers needs past_key_values=EncoderDecoderCache(DynamicCache(), DynamicCache()).)
 
     Raises ValueError for layers that are not there and where none would be left,
     UnsupportedModelError for layers that run several times; the model is then as it was.
