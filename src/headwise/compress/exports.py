@@ -104,4 +104,5 @@ EXPORTS: dict[str, str] = {
     "MixtureToDense": "headwise.compress.structure.mixtures",
     "Densified": "headwise.compress.structure.mixtures",
     "KeptInBits": "headwise.compress.bits.kept",
+    "cache_divergence": "headwise.compress.cache.layer_divergence",
 }

@@ -58,8 +58,9 @@ list with one of these for each layer."""
 
 @dataclass(frozen=True, eq=False)
 class Sensitivity:
-    """`errors` `(layers, pairs)`: relative error of the heads' outputs of a layer, the norm of the
-    difference over the norm, of all calibration tokens together."""
+    """`errors` `(layers, pairs)`: of `cache_sensitivity` the relative error of the heads' outputs
+    of a layer, the norm of the difference over the norm, of all calibration tokens together; of
+    `cache_divergence` what the predictions lose, in nats a token."""
 
     pairs: tuple[Pair, ...]
     errors: np.ndarray
