@@ -235,14 +235,15 @@ def digits() -> tuple[Tensor, Tensor]:
 
 @claim(control=AnyPairs, unit="nats of divergence", seeds=SEEDS, quick=False)
 def fusing_hardly_moves_the_answer(make: Make, seed: int) -> Measured:
-    """Half of 16 patches fused away before the first layer, without training for it: the answer's
-    divergence from that of all patches stays under 0.5 nats on average, and doubles with pairs
-    drawn at random."""
+    """6 of 16 patches fused away before the first layer, without training for it: the answer moves
+    by at most 0.15 nats on average from that of all patches, by twice as much with pairs drawn at
+    random. (Similarity alone does as well here; the criteria pay where twins matter, see above.)
+    """
     model, (images, _) = trained(seed), digits()
     with torch.no_grad():
         whole = model(images).log_softmax(-1)
-        with mctf(model, 8, (0,), make()):
+        with mctf(model, 6, (0,), make()):
             less = model(images).log_softmax(-1)
     divergence = (whole.exp() * (whole - less)).sum(-1).mean()
     same = (whole.argmax(-1) == less.argmax(-1)).float().mean()
-    return at_most(float(divergence), 0.5, same=float(same))
+    return at_most(float(divergence), 0.15, same=float(same))
