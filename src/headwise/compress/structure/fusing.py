@@ -67,7 +67,7 @@ def fuse_layer(
     rank: int = 8,
     update: int = 0,
     steps: int = 100,
-    rate: float = 3e-3,
+    rate: float = 3e-2,
     batch_size: int = 8,
     seed: int = 0,
     stack: str | None = None,
