@@ -39,7 +39,7 @@ def plain_config(model: nn.Module) -> tuple[Any | None, str]:
     if reason:
         return None, reason
     config: Any = model.config
-    for with_head_dim in (True, False):
+    for with_head_dim in (False, True):  # some read it without declaring it
         wanted = copy.deepcopy(config)
         try:
             for stack, size in sizes.items():
@@ -159,5 +159,5 @@ def _say(config: Any, stack: str, size: dict[str, int], with_head_dim: bool, sev
                 if size[what] == 4 * width:
                     continue
             setattr(config, name, size[what])
-    if with_head_dim:
+    if "head_dim" in size and (with_head_dim or getattr(config, "head_dim", None) is not None):
         config.head_dim = size["head_dim"]
