@@ -46,8 +46,8 @@ RANK, STEPS = 8, 40
     parts=("Fused", "DropLayers"),
     reported="At 20 to 30 % of the blocks removed, lower perplexity than ShortGPT, SLEB, SliceGPT "
     "and LaCo on LLaMA models.",
-    unsure="Rates and steps are ours. The authors' code also learns a low-rank matrix that is added to W_j (fuse_layer's "
-    "update=); the paper's formula has none, and none is learned here.",
+    unsure="Rates and steps are ours. The authors' code also learns a low-rank matrix that is "
+    "added to W_j (fuse_layer's update=); the paper's formula has none, and none is learned here.",
     needs=("transformers",),
     taxonomy=("beyond/compression",),
     use="""
