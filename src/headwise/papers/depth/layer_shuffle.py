@@ -41,6 +41,7 @@ VARIANTS = ("plain", "position", "predict")
     "models work without loss; pruned ones decline gracefully.",
     unsure="Where the embedding of the place enters (here it is added to the residual before the "
     "block) and the weight of the guess (here 0.1).",
+    needs=("sklearn",),
     taxonomy=("architecture/alternative", "beyond/training"),
     use="""
 from headwise.papers.depth.layer_shuffle import LayerShuffle
