@@ -13,7 +13,7 @@ from headwise.compress.bits.integers import (
     product,
     token_codes,
 )
-from headwise.compress.bits.rounding import BITS, Rounded, check_group, decoded
+from headwise.compress.bits.rounding import BITS, Rounded, centred, check_group, scaled
 from headwise.compress.cache.packing import pack, packed_size, unpack
 
 __all__ = ["ACTIVATIONS", "QuantisedLinear"]
@@ -94,11 +94,15 @@ class QuantisedLinear(nn.Module):
 
     def rows(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
         """Rows of the weight as floats."""
+        return scaled(self.steps(start, stop), self.scale[start:stop], dtype)
+
+    def steps(self, start: int, stop: int) -> Tensor:
+        """Rows of codes less their zeros, int8: weights in units of their scales."""
         codes = self.codes[start:stop]
-        if self.bits < 8:
-            codes = unpack(codes, self.bits, self.in_features)
-        zero = None if self.zero is None else self.zero[start:stop]
-        return decoded(codes, self.scale[start:stop], zero, dtype)
+        if self.zero is None:
+            return codes
+        codes = unpack(codes, self.bits, self.in_features)
+        return centred(codes, self.zero[start:stop])
 
     def forward(self, x: Tensor) -> Tensor:
         flat = x.reshape(-1, self.in_features)
@@ -114,6 +118,9 @@ class QuantisedLinear(nn.Module):
         if self.bits == 8 and self.scale.shape[1] == 1 and _has_fast_kernel(x):
             ones = torch.ones(self.out_features, dtype=x.dtype)
             return (torch._weight_int8pack_mm(x, self.codes, ones) * self.scale.t()).to(x.dtype)
+        if self.scale.shape[1] == 1 and x.dtype != torch.float16:  # scales after the product
+            made = [x @ self.steps(a, b).to(x.dtype).t() for a, b in self._tiles()]
+            return (torch.cat(made, 1) * self.scale.t()).to(x.dtype)
         return torch.cat([x @ self.rows(a, b, x.dtype).t() for a, b in self._tiles()], 1)
 
     def back(self, gradient: Tensor) -> Tensor:

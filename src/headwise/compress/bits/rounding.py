@@ -33,7 +33,9 @@ class Rounded:
 
     def weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """`(out, in)`: what the codes stand for."""
-        return decoded(self.codes, self.scale, self.zero, dtype)
+        steps = self.codes if self.zero is None else centred(self.codes, self.zero)
+        scale = self.scale.double() if dtype == torch.float64 else self.scale
+        return scaled(steps, scale, dtype)
 
 
 def round_to_nearest(weight: Tensor, bits: int, group: int | None = None) -> Rounded:
@@ -64,15 +66,18 @@ def rounded(weight: Tensor, bits: int, group: int | None = None) -> Tensor:
     return round_to_nearest(weight, bits, group).weight(weight.dtype)
 
 
-def decoded(
-    codes: Tensor, scale: Tensor, zero: Tensor | None, dtype: torch.dtype = torch.float32
-) -> Tensor:
-    """scale * (code - zero) in `dtype`; some rows are as good as all. codes `(rows, in)`."""
+def centred(codes: Tensor, zero: Tensor) -> Tensor:
+    """code - zero as int8, for codes `(rows, in)` and zeros `(rows, groups)` of up to 7 bits."""
+    groups = zero.shape[1]
+    lines = codes.view(torch.int8).unflatten(1, (groups, codes.shape[1] // groups))
+    return (lines - zero.view(torch.int8)[..., None]).flatten(1)
+
+
+def scaled(steps: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """scale * step in `dtype`; some rows are as good as all. steps `(rows, in)` int8."""
     groups = scale.shape[1]
-    lines = codes.unflatten(1, (groups, codes.shape[1] // groups)).to(scale.dtype)
-    if zero is not None:
-        lines = lines - zero[..., None].to(scale.dtype)
-    return (lines * scale[..., None]).flatten(1).to(dtype)
+    lines = steps.unflatten(1, (groups, steps.shape[1] // groups)).to(scale.dtype)
+    return lines.mul_(scale[..., None]).flatten(1).to(dtype)
 
 
 def check_group(width: int, group: int | None) -> int:

@@ -195,6 +195,7 @@ def calibration(seed: int, count: int = 32) -> dict[str, Tensor]:
     return TASK.batch(seed, count).inputs
 
 
+@torch.no_grad()
 def map_error(targets: Targets, seed: int, bits: int = 3) -> float:
     """Mean squared change of the attentions' outputs (values mixed by the map), on other tokens."""
     model = trained(seed)
