@@ -125,9 +125,9 @@ def values_first(layers: int) -> LayerBits:
 def keys_need_more_bits_than_values(favour: Callable[[int], LayerBits], seed: int) -> Measured:
     """Of six bits for a key and its value, four for the key cost predictions at most a third of
     what four for the value cost (ranges by channel for keys, by token for values)."""
-    both = {table: cost(table(4), seed) for table in (keys_first, values_first)}
-    other = values_first if favour is keys_first else keys_first
-    return at_most(both[favour] / both[other], 1 / 3, keys_first=both[keys_first])
+    first, reverse = cost(keys_first(4), seed), cost(values_first(4), seed)
+    mine = cost(favour(4), seed)
+    return at_most(mine / (reverse if mine == first else first), 1 / 3, keys_first=first)
 
 
 def non_dominated(found: Sensitivity, layer: int) -> list[Pair]:
