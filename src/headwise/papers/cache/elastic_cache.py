@@ -8,8 +8,7 @@ so it is a cautious witness: where its attention row is no longer similar to wha
 under gamma), all tokens are computed anew from the next layer on; shallow layers, which
 change least, are reused.
 
-The model here is small and learns chains: which of two successors a token has is said by the first
-token of the text.
+The model here is small and learns chains: the first token says which of two successors others have.
 """
 
 from __future__ import annotations
@@ -237,7 +236,6 @@ def prompts(seed: int, count: int = 4) -> Tensor:
 
 
 def elastic(model: MaskedModel) -> ElasticCache:
-    """Renewed where attention has moved: gamma 0.95."""
     return ElasticCache(model, 0.95)
 
 
