@@ -55,10 +55,15 @@ from headwise.train import fit, seeded
     needs=("transformers",),
     taxonomy=("beyond/cache",),
     use="""
-from headwise.papers.cache.locret import locret_cache, retaining_heads, trained
+from transformers import AutoModelForCausalLM
 
-model = trained(0)
-cache = locret_cache(model, retaining_heads(model), budget=16)
+from headwise.compress import RetainingHeads
+from headwise.models.default import default_model_path
+from headwise.papers.cache.locret import locret_cache
+
+model = AutoModelForCausalLM.from_pretrained(default_model_path())
+heads = [RetainingHeads(4, 2, 32, 32) for _ in range(4)]  # train_retaining_heads trains them
+cache = locret_cache(model, heads, budget=256, stabilizers=64)
 """,
 )
 def locret_cache(
