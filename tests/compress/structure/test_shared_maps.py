@@ -6,8 +6,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache, StaticCache
 
+from headwise.compress import cost
 from headwise.compress.step import read_step, steps_of, write_step
 from headwise.compress.structure.shared_maps import (
     map_similarity,
@@ -277,3 +279,20 @@ def test_another_cache_is_refused() -> None:
 
     with pytest.raises(UnsupportedModelError, match="caches values only"):
         model(ids(), past_key_values=Cache(layer_class_to_replicate=DynamicLayer))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_what_it_costs_is_counted(name: str) -> None:
+    model = MODELS[name]()
+    attention = view(model).attentions[2]
+    gone = attention.query_weight().numel() + attention.key_weight().numel()
+    keys = attention.kv_heads * attention.head_dim
+    before = cost(model, tokens=16)
+    share_attention(model, SOURCES)
+    after = cost(model, tokens=16)
+    assert before.flops - after.flops == 2 * 16 * 2 * gone
+    assert before.cache_bytes_per_token - after.cache_bytes_per_token == 2 * 4 * keys
+    with FlopCounterMode(display=False) as counted:
+        model.set_attn_implementation("eager")
+        model(ids(1, 16), use_cache=False)
+    assert counted.get_total_flops() == after.flops

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from headwise.compress.structure.nothing import NoAttention
+from headwise.compress.structure.recalled import Recalled, RecalledFused
 from headwise.instruments.examples import model_view
 from headwise.models import ModelView
 from headwise.models.backbones.stack import Stack
@@ -153,6 +154,8 @@ def _map(a: AttentionView, n_q: int, n_k: int) -> int:
 
 def _products(module: nn.Module) -> int:
     """FLOPs of a linear map for one row."""
+    if isinstance(module, Recalled | RecalledFused):
+        return 0  # its weight is another layer's; what is its own stands inside
     for wide, high in (("in_features", "out_features"), ("nx", "nf")):
         size = getattr(module, wide, None), getattr(module, high, None)
         if all(isinstance(s, int) for s in size):
@@ -229,7 +232,8 @@ def _entry(a: AttentionView) -> int:
     if isinstance(a.projections, str):
         return 2 * a.kv_heads * a.head_dim
     key, value = a.projections.key, a.projections.value
-    return key.heads * key.head_dim + value.heads * value.head_dim
+    shared = isinstance(key.module, Recalled | RecalledFused)  # the source's keys serve it
+    return (0 if shared else key.heads * key.head_dim) + value.heads * value.head_dim
 
 
 def _itemsize(module: nn.Module) -> int:
