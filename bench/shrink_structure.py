@@ -16,6 +16,7 @@ import argparse
 import copy
 import gc
 import json
+import random
 import statistics
 import sys
 import tempfile
@@ -60,8 +61,8 @@ def pruned(model: Any, what: str, fraction: float, args: argparse.Namespace) -> 
     if what == "layers":
         drop_layers(model, range(round(fraction * args.layers)))
         return model
-    if what == "unequal":  # a query head of every group less than of the next
-        gone = [h for h in range(args.heads) if h % group < (fraction * group + h // group) % group]
+    if what == "unequal":  # any heads, so that groups differ
+        gone = random.Random(0).sample(range(args.heads), round(fraction * args.heads))
         prune_heads(model, [(layer, h) for layer in layers for h in gone])
     if what in ("both", "heads"):
         gone = list(range(round(fraction * args.kv_heads) * group))
