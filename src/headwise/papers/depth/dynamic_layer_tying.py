@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from headwise.compress.structure.sharing import ShareLayers, resolved, tied_to
 from headwise.models import view
 from headwise.models.backbones import Decoder
-from headwise.papers import Measured, Picture, at_least, at_most, claim, paper, picture
+from headwise.papers import Measured, at_least, at_most, claim, paper
 from headwise.parts import Attention, Rotary
 from headwise.parts.feed.mlp import Mlp
 from headwise.tasks import PythonManual
@@ -300,11 +300,3 @@ def few_layers_do_as_well(train: Callable[..., Tied], seed: int) -> Measured:
     untied = evaluate(_trained(train_untied, seed).model, task(), 4, 32)["loss"]
     layers = len(set(_trained(train, seed).roots)) if tied <= 1.08 * untied else DEPTH
     return at_most(float(layers), 4.0, tied=tied, untied=untied)
-
-
-@picture
-def layers_in_training() -> Picture:
-    """How many distinct layers there are, decision by decision."""
-    layers = _trained(train_tied, 0).layers
-    lines = {"distinct layers": (list(range(len(layers))), [float(n) for n in layers])}
-    return Picture(title="Tying in training", x="decision", y="layers", lines=lines)
