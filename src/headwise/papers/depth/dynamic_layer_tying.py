@@ -34,8 +34,7 @@ from headwise.train import evaluate, seeded
 
 @dataclass
 class Tied:
-    """What `train_tied` did. loss: of every step; layers: how many distinct ones at every
-    decision; roots: of every layer at the end."""
+    """losses: of every step; layers: distinct ones at every decision; roots: at the end."""
 
     model: nn.Module
     losses: list[float] = field(default_factory=list)
@@ -292,10 +291,9 @@ def the_agent_learns_which_choice_pays(learn: Callable[..., None], seed: int) ->
 
 @claim(control=train_untied, unit="distinct layers", seeds=SEEDS, quick=False)
 def few_layers_do_as_well(train: Callable[..., Tied], seed: int) -> Measured:
-    """Of six layers at most four distinct ones are trained at the end, with a loss on new text at
-    most 8 % above that of six layers of their own; otherwise all six are counted. (Three and 5 %
-    were asked of longer training. A text as short as this is learned by one layer as well; it is
-    not shown here that the agent's choice is better than another.)"""
+    """Of six layers at most four distinct ones are left, with a loss on new text at most 8 % above
+    six layers of their own (3 and 5 % were asked of longer training); else six are counted. One
+    layer learns this short text as well: that the agent chooses better is not shown here."""
     tied = evaluate(_trained(train, seed).model, task(), 4, 32)["loss"]
     untied = evaluate(_trained(train_untied, seed).model, task(), 4, 32)["loss"]
     layers = len(set(_trained(train, seed).roots)) if tied <= 1.08 * untied else DEPTH
