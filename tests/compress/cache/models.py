@@ -16,6 +16,7 @@ from transformers import (
     Gemma3TextConfig,
 )
 
+from headwise.compress import Policy, Seen
 from tests.instruments import tiny
 from tests.instruments.tiny import SIZE
 
@@ -98,3 +99,25 @@ def reference(
             if bool(seen[i].any()):
                 out[head, i] = torch.cat([scores, extra]).softmax(0)[:-1] @ v.double()
     return out
+
+
+class Direction(Policy):
+    """Scores that are never equal, also of tokens that are: rotation is in the keys."""
+
+    def score(self, seen: Seen) -> Tensor:
+        return seen.keys @ torch.linspace(-1, 1, seen.keys.shape[-1])
+
+
+SMALL: dict[str, Any] = {"sinks": 2, "window": 4, "step": 4, "slack": 4}
+
+
+def padded(lengths: list[int], left: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Texts `(batch, n)` with padding, their mask, and their position numbers."""
+    n = max(lengths)
+    text, mask = tiny.ids(n, seed=3, batch=len(lengths)), torch.zeros(len(lengths), n).long()
+    for row, length in enumerate(lengths):
+        mask[row, n - length if left else 0 : n if left else length] = 1
+    return text.masked_fill(mask == 0, 0), mask, (mask.cumsum(1) - 1).clamp_min(0)
+
+
+GREEDY = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}

@@ -8,36 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 from transformers import DynamicCache, EncoderDecoderCache
 
-from headwise.compress import Adaptive, HeadCache, PerHead, Policy, Pyramid, Seen, Uniform
+from headwise.compress import Adaptive, HeadCache, PerHead, Pyramid, Uniform
 from headwise.compress.cache.policies.accumulated_mass import AccumulatedMass
 from headwise.compress.cache.policies.observation_window import ObservationWindow
-from headwise.compress.cache.policies.recency import SinksAndWindow
 from headwise.models.errors import UnsupportedModelError
-from tests.compress.cache.models import MODELS, logits
+from tests.compress.cache.models import GREEDY, MODELS, SMALL, Direction, logits, padded
 from tests.instruments import tiny
-
-
-class Direction(Policy):
-    """Scores that are never equal, also of tokens that are: rotation is in the keys."""
-
-    def score(self, seen: Seen) -> Tensor:
-        return seen.keys @ torch.linspace(-1, 1, seen.keys.shape[-1])
-
-
-SMALL: dict[str, Any] = {"sinks": 2, "window": 4, "step": 4, "slack": 4}
-
-
-def padded(lengths: list[int], left: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Texts `(batch, n)` with padding, their mask, and their position numbers."""
-    n = max(lengths)
-    text, mask = tiny.ids(n, seed=3, batch=len(lengths)), torch.zeros(len(lengths), n).long()
-    for row, length in enumerate(lengths):
-        mask[row, n - length if left else 0 : n if left else length] = 1
-    return text.masked_fill(mask == 0, 0), mask, (mask.cumsum(1) - 1).clamp_min(0)
-
 
 # -- nothing is evicted ----------------------------------------------------------------------
 
@@ -56,63 +34,7 @@ def test_a_budget_of_all_is_the_model(name: str, sizes: list[int]) -> None:
         assert torch.equal(got[:, : sizes[0]], expected[:, : sizes[0]])
 
 
-@pytest.mark.parametrize("name", ["llama", "llama eager", "mistral", "gemma3", "gpt_oss"])
-@pytest.mark.parametrize("left", [True, False])
-def test_padding_at_a_budget_of_all(name: str, left: bool) -> None:
-    model = MODELS[name]()
-    ids, mask, places = padded([12, 20, 17], left)
-    expected = logits(model, DynamicCache(config=model.config), ids, [20], attention_mask=mask)
-    more = tiny.ids(4, seed=5, batch=3)
-    ids, mask = torch.cat([ids, more], 1), torch.cat([mask, torch.ones(3, 4).long()], 1)
-    places = torch.cat([places, places[:, -1:] + torch.arange(1, 5)], 1)
-    given = {"attention_mask": mask, "position_ids": places}
-    sizes = [20, 1, 2, 1]
-    expected = logits(model, DynamicCache(config=model.config), ids, sizes, **given)
-    with HeadCache(model, 1.0, step=2, slack=1) as cache:
-        got = logits(model, cache, ids, sizes, **given)
-    real = mask.bool()
-    assert torch.allclose(got[real], expected[real], atol=4e-5)
-
-
 # -- what is evicted -------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("left", [True, False])
-@pytest.mark.parametrize("name", ["llama", "llama eager", "gemma3"])
-@pytest.mark.parametrize("budget", [0.5, 8, Adaptive(0.5)])
-@pytest.mark.parametrize(
-    "policy",  # without pooling, which makes neighbours of one large weight equal but for rounding
-    [Direction(), ObservationWindow(4, kernel=1), AccumulatedMass(), SinksAndWindow()],
-    ids=lambda policy: type(policy).__name__,
-)
-def test_padding_is_never_seen(name: str, left: bool, budget: Any, policy: Any) -> None:
-    """Trap 2: a padded text gives what it gives alone, also once most of it was let go of."""
-    if name == "gemma3" and not left:
-        pytest.skip("transformers counts padding inside a text as distance")
-    model = MODELS[name]()
-    lengths = [23, 40, 31]
-    ids, mask, places = padded(lengths, left)
-    more = tiny.ids(12, seed=5, batch=3)
-    given = {
-        "attention_mask": torch.cat([mask, torch.ones(3, 12).long()], 1),
-        "position_ids": torch.cat([places, places[:, -1:] + torch.arange(1, 13)], 1),
-    }
-    sizes = [40] + [1] * 12
-    with HeadCache(model, budget, policy, **SMALL) as cache:
-        together = logits(model, cache, torch.cat([ids, more], 1), sizes, **given)
-        kept = cache.kept(1)
-        assert all(len(places) < 52 for places in kept)
-        assert cache.nbytes() < 52 * 6 * 2 * 8 * 4 * 2 * len(cache.layers)
-    for row, length in enumerate(lengths):
-        text = torch.cat([ids[row][mask[row] > 0], more[row]])[None]
-        with HeadCache(model, budget, policy, **SMALL) as cache:
-            alone = logits(model, cache, text, [length] + [1] * 12)
-            shift = torch.arange(40)[mask[row] > 0].tolist() + list(range(40, 52))
-            assert [[shift[p] for p in places] for places in cache.kept(1)] == kept[
-                2 * row : 2 * row + 2
-            ]
-        real = given["attention_mask"][row] > 0
-        assert torch.allclose(together[row][real], alone[0], atol=4e-5)
 
 
 @pytest.mark.parametrize("name", ["llama", "llama eager", "gpt2", "gpt_oss"])
@@ -167,9 +89,6 @@ def test_only_what_a_layer_can_see_is_kept_of_a_window() -> None:
 # -- generate --------------------------------------------------------------------------------
 
 
-GREEDY = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
-
-
 @pytest.mark.parametrize("name", ["llama", "gemma3", "gpt_oss"])
 @pytest.mark.parametrize(
     "how", [{}, {"num_beams": 3}, {"prefill_chunk_size": 5}, {"num_return_sequences": 2,
@@ -183,25 +102,6 @@ def test_generate_as_it_is(name: str, how: dict[str, Any]) -> None:
     expected = model.generate(ids, **given)
     cache = HeadCache(model, 1.0, step=2, slack=2)
     assert torch.equal(model.generate(ids, past_key_values=cache, **given), expected)
-
-
-@pytest.mark.parametrize("how", [{"num_beams": 3}, {"prefill_chunk_size": 8}, {}])
-def test_generate_on_a_budget(how: dict[str, Any]) -> None:
-    """A padded prompt continues as it does alone."""
-    model = MODELS["llama"]()
-    lengths = [24, 40]
-    ids, mask, _ = padded(lengths, left=True)
-    if "prefill_chunk_size" in how:
-        ids, mask = ids[1:], mask[1:]
-        lengths = [40]
-    given = {**GREEDY, **how}
-    cache = HeadCache(model, 0.4, Direction(), **SMALL)
-    together = model.generate(ids, attention_mask=mask, past_key_values=cache, **given)
-    assert max(len(places) for places in cache.kept(0)) <= 28
-    for row, length in enumerate(lengths):
-        cache = HeadCache(model, 0.4, Direction(), **SMALL)
-        alone = model.generate(ids[row : row + 1, -length:], past_key_values=cache, **given)
-        assert torch.equal(together[row, -12:], alone[0, -12:])
 
 
 def test_assisted_generation() -> None:
