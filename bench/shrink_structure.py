@@ -110,6 +110,12 @@ def peak(model: Any, args: argparse.Namespace) -> float | None:
 
 
 def report_peak(place: str, tokens: int) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    import headwise.compress.saving  # noqa: F401  (what is imported is not the model's)
+
+    small = LlamaConfig(hidden_size=8, intermediate_size=8, num_attention_heads=1, vocab_size=8)
+    LlamaForCausalLM(small)(torch.zeros(1, 2, dtype=torch.long))
     before = measure.peak_bytes()
     model = load(place)
     model(torch.arange(tokens)[None] % 100, use_cache=False, logits_to_keep=1)
