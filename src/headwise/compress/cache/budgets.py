@@ -129,7 +129,10 @@ class PerHead(Budget):
         return f"PerHead({[list(row) for row in self.table]})"
 
     def fitted(self, shape: Shape) -> Budget:
-        given = tuple(len(row) for row in self.table)
+        # of a layer that has lost its attention nothing is kept, whatever the table says
+        pairs = zip(self.table, shape.kv_heads, strict=False)
+        given = tuple(len(row) if heads else 0 for row, heads in pairs)
+        given += tuple(len(row) for row in self.table[len(shape.kv_heads) :])
         if given != shape.kv_heads:
             raise ValueError(
                 "a table of budgets needs one number for each key-value head of each layer: the "

@@ -14,6 +14,8 @@ from headwise.compress.cache.layer import HeadLayer
 from headwise.compress.cache.makers import Bits, makers_of
 from headwise.compress.cache.policy import Policy
 from headwise.compress.cache.rules import Rules
+from headwise.compress.cache.silent import SilentLayer
+from headwise.compress.structure.nothing import NoAttention
 from headwise.models import view
 from headwise.models.errors import UnsupportedModelError
 from headwise.models.implementation import implementation
@@ -76,9 +78,11 @@ class HeadCache(Cache):
                 raise ValueError(f"HeadCache({name}={number}): at least {least} is expected")
         windows = _windows(model)
         attentions = _attentions(model, len(windows))
+        by_layer = {attention.layer: attention for attention in attentions}
+        there = [by_layer.get(layer) for layer in range(len(windows))]
         shape = Shape(
-            tuple(attention.heads for attention in attentions),
-            tuple(attention.kv_heads for attention in attentions),
+            tuple(0 if one is None else one.heads for one in there),
+            tuple(0 if one is None else one.kv_heads for one in there),
         )
         if policy is None:
             from headwise.compress.cache.policies.observation_window import ObservationWindow
@@ -93,7 +97,11 @@ class HeadCache(Cache):
             slack,
             makers_of(bits, len(windows)),
         )
-        super().__init__(layers=[HeadLayer(i, w, rules) for i, w in enumerate(windows)])
+        kinds = [SilentLayer if one is None else HeadLayer for one in there]
+        layers: list[Any] = [
+            kind(i, w, rules) for i, (kind, w) in enumerate(zip(kinds, windows, strict=True))
+        ]
+        super().__init__(layers=layers)
         self._hold(model, attentions)
 
     def _hold(self, model: nn.Module, attentions: Sequence[AttentionView]) -> None:
@@ -117,7 +125,7 @@ class HeadCache(Cache):
     @property
     def batch_size(self) -> int:
         """Sequences held, -1 where there are none yet."""
-        return len(self.layers[0].held.real) or -1
+        return max(len(layer.held.real) for layer in self.layers) or -1
 
     def __deepcopy__(self, memo: dict[int, Any]) -> HeadCache:
         model = self._model()
@@ -192,12 +200,13 @@ def _windows(model: nn.Module) -> list[int | None]:
 
 
 def _attentions(model: nn.Module, layers: int) -> list[AttentionView]:
-    """The self-attention of each layer that has a cache."""
+    """The self-attention of each layer that has a cache; none of a layer that has lost its own."""
     found = [a for a in view(model).attentions if a.kind == "self" and a.causal]
+    lost = {m.layer_idx for m in model.modules() if isinstance(m, NoAttention) and m.cached}
     stacks = list(dict.fromkeys(attention.stack for attention in found))
     for stack in stacks:
         mine = [attention for attention in found if attention.stack == stack]
-        if [attention.layer for attention in mine] == list(range(layers)):
+        if [attention.layer for attention in mine] == [n for n in range(layers) if n not in lost]:
             return [_checked(attention) for attention in mine]
     raise UnsupportedModelError(
         f"{type(model).__name__} has {layers} layers with a cache, and causal self-attentions were "

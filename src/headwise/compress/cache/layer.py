@@ -12,9 +12,11 @@ from headwise.compress.cache.block_attention import Query
 from headwise.compress.cache.ragged import Ragged
 from headwise.compress.cache.reading import Call, places, read
 from headwise.compress.cache.rules import Rules
+from headwise.compress.cache.unequal import UnequalGroups
 from headwise.maps import attend
 from headwise.models.cached import CachedKeys
 from headwise.models.interface import original, unchanged
+from headwise.models.projections import READ
 
 
 class HeadLayer(CacheLayerMixin):
@@ -135,25 +137,35 @@ class HeadLayer(CacheLayerMixin):
         assert keys is not None, "attended without an update"
         call = read(module, query, keys, mask, given, before, self.sliding_window)
         keys, values, held = keys.to(query.dtype), value.detach(), self.held
-        asked = self._query(query.detach(), keys, call)
+        of = getattr(module, READ, None)
+        groups = None if of is None else UnequalGroups(of)
+        asked = self._query(query.detach(), keys, call, groups)
         first = not held.blocks
         if first:
-            out = self._first(module, query, keys, value, mask, given, before, call)
+            mine = (keys, value) if groups is None else (groups.repeat(keys), groups.repeat(value))
+            out = self._first(module, query, *mine, mask, given, before, call)
             held.begin(keys, values, asked, call.real)
         else:
             held.append(keys, values, asked, call.real)
-            flat = held.attend(asked, value.shape[-1])
-            out = flat.view(*query.shape[:3], -1).transpose(1, 2).contiguous()
+            rows = held.attend(asked, value.shape[-1])
+            heads = rows.view(len(query), -1, *rows.shape[2:])
+            heads = heads if groups is None else groups.gather(heads)
+            out = heads.transpose(1, 2).contiguous()
         held.observe(asked)
         held.let_go(first, wait=self.record_past)
         self.is_initialized = True
         return out.to(value.dtype)
 
-    def _query(self, query: Tensor, keys: Tensor, call: Call) -> Query:
+    def _query(
+        self, query: Tensor, keys: Tensor, call: Call, groups: UnequalGroups | None
+    ) -> Query:
+        query = query if groups is None else groups.spread(query)
         batch, heads, m, d = query.shape
         kv_heads = keys.shape[1]
         at = places(self.held.length, m, batch, call.real, keys.device)
         sinks = call.terms.sinks
+        if sinks is not None and groups is not None:
+            sinks = groups.spread(sinks, 0)
         if sinks is not None:
             sinks = sinks.detach().view(1, kv_heads, -1).expand(batch, -1, -1).flatten(0, 1)
         return Query(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from typing import Any
@@ -17,6 +17,7 @@ from headwise.compress.cache.policies.observation_window import ObservationWindo
 from headwise.compress.cache.policies.recency import SinksAndWindow
 from headwise.compress.cache.policies.reconstruction_error import ReconstructionError
 from headwise.compress.cache.policy import Policy
+from headwise.models import view
 
 POLICIES: dict[str, Callable[[], Policy]] = {
     "sinks and window": SinksAndWindow,
@@ -60,15 +61,16 @@ class CacheSettings:
             return f"{bits}all tokens"
         return f"{bits}{self.policy}, {self.shape} {self.share:.3g} of the tokens"
 
-    def budget(self, kv_heads: int) -> Budget:
-        """What the cache is told to keep."""
+    def budget(self, kv_heads: Sequence[int]) -> Budget:
+        """What the cache is told to keep. kv_heads: of each layer."""
         amount = float(min(self.share, 1.0))
         if self.shape == "pyramid" and amount < 1:
             return Pyramid(amount, beta=4.0)
         if self.shape == "adaptive" and amount < 1:
             return Adaptive(amount)
         if self.shape == "by layer":
-            return PerHead([[float(min(one, 1.0))] * kv_heads for one in self.layers])
+            rows = zip(self.layers, kv_heads, strict=True)
+            return PerHead([[float(min(share, 1.0))] * heads for share, heads in rows])
         return Uniform(amount)
 
     def as_dict(self) -> dict[str, Any]:
@@ -90,9 +92,8 @@ def settings_of(known: Mapping[str, Any]) -> CacheSettings:
 def cache_of(model: nn.Module, settings: CacheSettings | Mapping[str, Any]) -> HeadCache:
     """An empty cache of these settings for the model."""
     asked = settings if isinstance(settings, CacheSettings) else settings_of(settings)
-    from headwise.models import view
-
-    kv_heads = next(a.kv_heads for a in view(model).attentions)
+    look = view(model)
+    kv_heads = [sum(a.kv_heads for a in layer.attentions) for layer in look.layers]
     return HeadCache(
         model,
         budget=asked.budget(kv_heads),

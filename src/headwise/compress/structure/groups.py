@@ -72,8 +72,9 @@ class Gathering:
         """Keys and values `(batch, kv_heads, n, d)` to `(batch, heads, all so far, d)`."""
         if self._inner is not None:
             keys, values = self._inner.update(keys, values, *args, **kwargs)
-        known = isinstance(keys, Tensor) and not isinstance(keys, CachedKeys)
-        if not known or not isinstance(values, Tensor):
+        if isinstance(keys, CachedKeys):  # whoever answers for them knows the groups
+            return keys, values
+        if not isinstance(keys, Tensor) or not isinstance(values, Tensor):
             raise UnsupportedModelError(
                 f"{type(self._inner).__name__} does not hand over its keys and values as tensors, "
                 "and this layer has unequal groups of query heads: remove as many query heads of "
