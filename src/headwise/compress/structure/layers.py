@@ -14,7 +14,7 @@ from headwise.compress.structure.feeds import feed_forward, layers_of
 from headwise.compress.structure.nothing import NoFeedForward, NoMixer
 from headwise.compress.structure.relative import move_table
 from headwise.compress.structure.slicing import keep_columns, keep_rows
-from headwise.compress.structure.surgery import check_replaceable, put, take_out
+from headwise.compress.structure.surgery import check_replaceable, put, returns, take_out
 from headwise.instruments.examples import model_view
 from headwise.models import ModelView, view
 from headwise.models.backbones.stack import Stack
@@ -95,8 +95,8 @@ def _checked(look: ModelView, step: DropLayers) -> list[LayerView]:
     if step.parts == "layer":
         _droppable(look, gone, mine)
     for layer in gone:
-        if step.parts == "mlp" and layer.mlp is None:
-            feed_forward(layer)
+        if step.parts == "mlp":
+            feed_forward(layer) if layer.mlp is None else returns(layer.mlp)
         if step.parts == "attention":
             for attention in _attentions([layer]):
                 found = attention.projections
@@ -211,7 +211,7 @@ def _without_attention(look: ModelView, attention: AttentionView) -> None:
 
 def _without_mlp(model: nn.Module, layer: LayerView) -> None:
     if layer.mlp is not None:
-        put(model, layer.mlp, NoFeedForward())
+        put(model, layer.mlp, NoFeedForward(returns=returns(layer.mlp)))
         return
     feed = feed_forward(layer)
     for up in feed.ups:

@@ -46,15 +46,18 @@ class NoAttention(nn.Module):
 
 
 class NoFeedForward(nn.Module):
-    """In the place of a feed-forward part: its output bias for every token, or zeros."""
+    """In the place of a feed-forward part: its output bias for every token, or zeros. `returns`:
+    how many things the part gave; beside the output there is nothing (no router chose)."""
 
-    def __init__(self, bias: Tensor | None = None) -> None:
+    def __init__(self, bias: Tensor | None = None, returns: int = 1) -> None:
         super().__init__()
+        self.returns = returns
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
 
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         out = torch.zeros_like(hidden_states)
-        return out if self.bias is None else out + self.bias
+        out = out if self.bias is None else out + self.bias
+        return out if self.returns == 1 else (out, *[None] * (self.returns - 1))
 
 
 class NoMixer(Mixer):
