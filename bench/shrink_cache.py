@@ -84,10 +84,10 @@ def filled(model: Any, name: str, tokens: int) -> Any:
     places = torch.arange(tokens, dtype=torch.int32).expand(kv_heads, tokens)
     group = config.num_attention_heads // kv_heads
     asked = Query(torch.zeros(kv_heads, group, tokens, 1), places, DIM**-0.5)
-    for layer in cache.layers:
-        layer.held.begin(torch.randn(shape), torch.randn(shape), asked, None)
-        layer.held.let_go(first=True, wait=False)
-        layer.is_initialized = True
+    for held in cache.layers:
+        held.held.begin(torch.randn(shape), torch.randn(shape), asked, None)
+        held.held.let_go(first=True, wait=False)
+        held.is_initialized = True
     return cache
 
 

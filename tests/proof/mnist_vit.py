@@ -4,6 +4,8 @@ Their heads are wider than width / heads (64 of 64 in width 64), which ViTConfig
 `head_dim`; the attention-only model gets MLPs that add nothing.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from transformers import ViTConfig, ViTForImageClassification
@@ -14,7 +16,7 @@ HEADS = 4
 
 
 @torch.no_grad()
-def as_vit(weights: dict[str, Tensor], **settings: str) -> ViTForImageClassification:
+def as_vit(weights: dict[str, Tensor], **settings: Any) -> ViTForImageClassification:
     """weights: a state dict of vit-mnist-explorations (4 heads, 28 x 28 pixels, one channel)."""
     with_mlp = any(".net." in name for name in weights)
     at = "0." if with_mlp else ""
@@ -22,7 +24,8 @@ def as_vit(weights: dict[str, Tensor], **settings: str) -> ViTForImageClassifica
     width = weights["cls_token"].shape[-1]
     patch = round(weights["to_patch_embedding.1.weight"].shape[1] ** 0.5)
     hidden = weights["transformer.layers.0.1.fn.net.0.weight"].shape[0] if with_mlp else 1
-    config = ViTConfig(
+    configure: Any = ViTConfig  # it takes more than its own signature says
+    config = configure(
         hidden_size=width,
         num_hidden_layers=layers,
         num_attention_heads=HEADS,

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from headwise.models import naming
 
-
 READ = "headwise_key_value_of"
 """Attribute of an attention whose groups of query heads are unequal (some were removed): for each
 query head the key-value head that it reads. Its attention function is handed keys and values

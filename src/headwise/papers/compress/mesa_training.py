@@ -218,8 +218,8 @@ def heads_have_ranges_of_their_own(make: MakeMesa, seed: int) -> Measured:
 )
 def training_is_as_good(make: MakeMesa, seed: int) -> Measured:
     """After 100 steps at most 5 points fewer test digits are right than after exact training (2 %
-    were asked of longer training; here seeds alone differ by as much). Ranges that stay as the first batch set them cut
-    off what grows."""
+    were asked of longer training; here seeds alone differ by as much). Ranges that stay as the
+    first batch set them cut off what grows."""
     with_it = evaluate(trained(seed, make()), task())["accuracy"]
     exact = exactly(seed)
     return at_most(exact - with_it, 0.05, exact=exact)
