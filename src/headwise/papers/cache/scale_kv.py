@@ -219,7 +219,7 @@ def drafters_are_found(index: Callable[[int], Tensor], seed: int) -> Measured:
     found = is_drafter(table, len(DRAFTERS) * table.shape[1])
     right = torch.zeros_like(found)
     right[list(DRAFTERS)] = True
-    return at_least((found == right).float().mean(), 0.95)
+    return at_least((found == right).double().mean(), 0.95)
 
 
 @claim(control=reversed_budgets, unit="error by that of even budgets", seeds=SEEDS)
