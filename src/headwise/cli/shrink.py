@@ -18,7 +18,9 @@ REPORT = "report.html"
 
 def run(options: argparse.Namespace) -> int:
     """Search, print the curve, leave the model and the page; 1 where the budget was not met."""
-    Keep.read(options.keep)  # refused, if it has to be, before anything is loaded
+    target = Keep.read(options.keep)  # refused, if it has to be, before anything is loaded
+    usual = (1024, 8) if target.what == "kv" else (256, 16)
+    tokens, windows = options.tokens or usual[0], options.windows or usual[1]
     if options.quality is not None:
         Limit.read(options.quality)
     source = model_source(options.model, options.gguf_file)
@@ -34,19 +36,19 @@ def run(options: argparse.Namespace) -> int:
         from headwise.report.shrink_page import write_shrink
 
         if texts is None:
-            texts = [default_text(options.tokens * options.windows)]
+            texts = [default_text(tokens * windows)]
         try:
             curve = shrink(
                 loaded.model,
-                options.keep,
+                target,
                 [text for _, text in texts],
                 quality=options.quality,
                 kinds=options.kinds,
                 rounds=options.rounds,
                 recover=not options.no_recover,
                 distil=options.distil,
-                tokens=options.tokens,
-                windows=options.windows,
+                tokens=tokens,
+                windows=windows,
                 repeats=options.repeats,
                 tokenizer=loaded.tokenizer,
                 out=out,

@@ -59,14 +59,16 @@ def add_shrink_options(shrink: argparse.ArgumentParser) -> None:
         "installed Python); half of the windows are held out to judge by",
     )
     shrink.add_argument(
-        "--tokens", type=positive, default=256, metavar="N", help="of a window (default: 256)"
+        "--tokens",
+        type=positive,
+        metavar="N",
+        help="of a window (default: 256; 1,024 for kv, of which half is the prompt)",
     )
     shrink.add_argument(
         "--windows",
         type=positive,
-        default=16,
         metavar="N",
-        help="windows taken from each text (default: 16)",
+        help="windows taken from each text (default: 16; 8 for kv)",
     )
     shrink.add_argument(
         "--repeats",
