@@ -25,9 +25,9 @@ from headwise.compress.structure.layers import drop_layers
 from headwise.compress.structure.similarity import layer_similarity
 from headwise.instruments.metrics import metric_of
 from headwise.models import Site, recording, touching, view
-from headwise.models.default import default_model_path, default_text
 from headwise.models.prefix import logits_of
 from headwise.papers import Measured, Picture, at_most, claim, paper, picture
+from headwise.papers.embedded import embedded_model, embedded_text
 
 Inputs = dict[str, Tensor]
 Shrink = Callable[[nn.Module, Inputs], nn.Module]
@@ -51,9 +51,10 @@ RANK, STEPS = 8, 40
     needs=("transformers",),
     taxonomy=("beyond/compression",),
     use="""
-from headwise.papers.compress.fusegpt import default_model, fusegpt, text
+from headwise.papers.compress.fusegpt import fusegpt, text
+from headwise.papers.embedded import embedded_model
 
-small = fusegpt(default_model(), text(0), count=1)
+small = fusegpt(embedded_model(), text(0), count=1)
 """,
 )
 def fusegpt(model: nn.Module, inputs: Inputs, count: int = 1, **more: Any) -> nn.Module:
@@ -118,46 +119,28 @@ def lora(model: nn.Module, inputs: Inputs) -> nn.Module:
 SEEDS = (0, 1, 2)
 
 
-def default_model() -> nn.Module:
-    """The embedded model: 4 blocks."""
-    from transformers import AutoModelForCausalLM
-
-    model: nn.Module = AutoModelForCausalLM.from_pretrained(default_model_path())
-    return model.eval()
-
-
-@cache
-def _rows() -> Tensor:
-    from transformers import AutoTokenizer
-
-    words = AutoTokenizer.from_pretrained(default_model_path())
-    ids = torch.as_tensor(words(default_text(60_000)[0], return_tensors="pt")["input_ids"][0])
-    return ids[: len(ids) // 64 * 64].view(-1, 64)
-
-
 def text(seed: int, test: bool = False) -> Inputs:
     """32 windows of 64 tokens, others for tests than to learn from."""
-    start = 64 * seed + 32 * test
-    return {"input_ids": _rows()[start : start + 32]}
+    return {"input_ids": embedded_text(32, 64, 64 * seed + 32 * test)}
 
 
 @torch.no_grad()
 def price(small: nn.Module, seed: int) -> float:
     """KL(model || small) in nats on test text."""
     given = text(seed, True)
-    now, clean = (logits_of(one(**given)) for one in (small, default_model()))
+    now, clean = (logits_of(one(**given)) for one in (small, embedded_model()))
     return float(metric_of("kl").score(now, given, clean).mean())
 
 
 @cache
 def _price(shrink: Shrink, seed: int) -> float:
-    return price(shrink(default_model(), text(seed)), seed)
+    return price(shrink(embedded_model(), text(seed)), seed)
 
 
 @claim(control=block_influence, subject=macro_influence, unit="largest difference", seeds=SEEDS)
 def influence_is_what_removal_does(influence: Callable[..., Tensor], seed: int) -> Measured:
     """Against models in which the block is really gone, to 1e-4."""
-    model, given = default_model(), {"input_ids": text(seed)["input_ids"][:8]}
+    model, given = embedded_model(), {"input_ids": text(seed)["input_ids"][:8]}
     found, apart = influence(model, given), 0.0
     depth = len(view(model).layers)
     with torch.no_grad(), recording(view(model), [Site("residual", depth)]) as kept:
@@ -197,7 +180,7 @@ def the_choice_of_the_block_matters(shrink: Shrink, seed: int) -> Measured:
 @picture
 def influences() -> Picture:
     """Macro influence and block influence of the embedded model's blocks."""
-    model, given = default_model(), text(0)
+    model, given = embedded_model(), text(0)
     layers = list(range(len(view(model).layers)))
     shown = {"macro influence": macro_influence, "block influence": block_influence}
     lines = {name: (layers, one(model, given).tolist()) for name, one in shown.items()}

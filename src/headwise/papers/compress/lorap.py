@@ -30,10 +30,10 @@ from headwise.compress.structure.ranks import largest_rank, spectrum
 from headwise.instruments.examples import read_examples
 from headwise.instruments.metrics import metric_of
 from headwise.models import LayerView, ModelView, view
-from headwise.models.default import default_model_path, default_text
 from headwise.models.prefix import logits_of
 from headwise.models.projections import features_first
 from headwise.papers import Measured, at_most, claim, paper
+from headwise.papers.embedded import embedded_model, embedded_text
 
 Inputs = dict[str, Tensor]
 Shrink = Callable[..., nn.Module]
@@ -59,9 +59,10 @@ QUERY_KEY_SHARE = 0.25
     needs=("transformers",),
     taxonomy=("beyond/compression",),
     use="""
-from headwise.papers.compress.lorap import default_model, lorap, text
+from headwise.papers.compress.lorap import lorap, text
+from headwise.papers.embedded import embedded_model
 
-small = lorap(default_model(), text(0), keep=0.7)
+small = lorap(embedded_model(), text(0), keep=0.7)
 """,
 )
 def lorap(
@@ -178,27 +179,9 @@ def sparing_none(model: nn.Module, inputs: Inputs, **more: Any) -> nn.Module:
 SEEDS = (0, 1, 2)
 
 
-def default_model() -> nn.Module:
-    """The embedded model."""
-    from transformers import AutoModelForCausalLM
-
-    model: nn.Module = AutoModelForCausalLM.from_pretrained(default_model_path())
-    return model.eval()
-
-
-@cache
-def _rows() -> Tensor:
-    from transformers import AutoTokenizer
-
-    words = AutoTokenizer.from_pretrained(default_model_path())
-    ids = torch.as_tensor(words(default_text(60_000)[0], return_tensors="pt")["input_ids"][0])
-    return ids[: len(ids) // 128 * 128].view(-1, 128)
-
-
 def text(seed: int, test: bool = False) -> Inputs:
     """16 windows of 128 tokens, others for tests than for calibration."""
-    start = 32 * seed + 16 * test
-    return {"input_ids": _rows()[start : start + 16]}
+    return {"input_ids": embedded_text(16, 128, 32 * seed + 16 * test)}
 
 
 @torch.no_grad()
@@ -213,7 +196,7 @@ def price(small: nn.Module, model: nn.Module, seed: int) -> float:
 def _price(
     shrink: Shrink, seed: int, keep: float, parts: tuple[str, ...] = ("attention", "mlp")
 ) -> float:
-    model = default_model()
+    model = embedded_model()
     return price(shrink(model, text(seed), keep=keep, parts=parts), model, seed)
 
 
@@ -257,7 +240,7 @@ def large_inputs_are_kept_first(fit: Callable[..., Tensor], seed: int) -> Measur
 def units_of_channels_do_not_matter(shrink: Shrink, seed: int) -> Measured:
     """With half of attention's parameters, a model whose channels were put on other scales (the
     same function) loses what the model loses, to 5 %; plain SVD loses far more."""
-    same = in_other_units(default_model(), seed)
+    same = in_other_units(embedded_model(), seed)
     small = shrink(same, text(seed), keep=0.5, parts=("attention",))
     usual = _price(shrink, seed, 0.5, ("attention",))
     return at_most(price(small, same, seed) / usual, 1.05, usual=usual)

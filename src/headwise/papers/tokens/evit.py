@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -26,11 +25,13 @@ from headwise.compress.tokens.record import Record
 from headwise.compress.tokens.reducing import stages
 from headwise.compress.tokens.reduction import Reduction
 from headwise.models.backbones import VisionPatches
-from headwise.models.heads import Classify
 from headwise.papers import Measured, Picture, at_most, claim, paper, picture, within
-from headwise.parts import Attention
-from headwise.tasks import Digits
-from headwise.train import fit, seeded
+from headwise.papers.digit_readers import (
+    held_out_digits,
+    share_right,
+    trained_reader,
+    untrained_reader,
+)
 
 Way = Callable[..., AbstractContextManager[Record]]
 
@@ -51,10 +52,11 @@ Way = Callable[..., AbstractContextManager[Record]]
     "at equal cost with larger images.",
     taxonomy=("beyond/tokens",),
     use="""
-from headwise.papers.tokens.evit import digits, evit, trained
+from headwise.papers.digit_readers import held_out_digits, trained_reader
+from headwise.papers.tokens.evit import evit
 
-with evit(trained(0), keep=0.5) as record:
-    logits = trained(0)(digits()[0])
+with evit(trained_reader(0), keep=0.5) as record:
+    logits = trained_reader(0)(held_out_digits()[0])
 record.kept(2)  # (images, patches): the token in which each patch is after layer 2
 """,
 )
@@ -100,46 +102,11 @@ def _in_layers(
 SEEDS = (0, 1, 2)
 
 
-def vision(seed: int, image: int, patch: int, dim: int, depth: int, heads: int) -> VisionPatches:
-    with seeded(seed):
-        return VisionPatches(
-            image,
-            patch,
-            dim,
-            depth,
-            mixer=lambda layer: Attention(dim, heads),
-            head=Classify(dim, 10, pool="first"),
-            channels=1,
-            class_token=True,
-        )
-
-
-@cache
-def trained(seed: int) -> VisionPatches:
-    """Three layers that read digits of 8 x 8 pixels in 16 patches, trained with all of them."""
-    model = vision(seed, 8, 2, 32, 3, 4)
-    fit(model, Digits(), steps=250, size=64, rate=6e-3, seed=seed)
-    return model.eval()
-
-
-@cache
-def digits() -> tuple[Tensor, Tensor]:
-    """360 test images `(360, 1, 8, 8)` and what they show."""
-    batch = Digits().all("test")
-    return batch.inputs["pixel_values"], batch.targets
-
-
-@torch.no_grad()
-def right(model: VisionPatches) -> float:
-    images, labels = digits()
-    return float((model(images).argmax(-1) == labels).float().mean())
-
-
 @claim(control=by_everybody, unit="largest relative difference")
 def tokens_are_reorganised_as_written(way: Way, seed: int) -> Measured:
     """Output of a random encoder against one written out in numpy, image by image, with patches
     sorted and the rest added up by hand."""
-    model = vision(seed, 12, 2, 32, 2, 4).double().eval()
+    model = untrained_reader(seed, 12, 2, 32, 2, 4).double().eval()
     images = torch.randn(3, 1, 12, 12, dtype=torch.float64)
     with torch.no_grad():
         with way(model, 0.5, (0,)):
@@ -176,7 +143,7 @@ def _by_hand(model: VisionPatches, image: Tensor, k: int) -> np.ndarray:
 def a_third_of_the_work_goes(way: Way, seed: int) -> Measured:
     """Counted on a DeiT-S (12 layers of 384, 196 patches) at r = 0.7: 3.0 of 4.6 billion in the
     paper, 0.65; as much thrown away late saves next to nothing."""
-    model = vision(seed, 224, 16, 384, 12, 6).eval()
+    model = untrained_reader(seed, 224, 16, 384, 12, 6).eval()
     image = torch.zeros(1, 1, 224, 224)
 
     def counted() -> int:
@@ -193,16 +160,16 @@ def a_third_of_the_work_goes(way: Way, seed: int) -> Measured:
 def a_third_of_the_patches_is_enough(way: Way, seed: int) -> Measured:
     """A model trained with all patches loses at most 2.5 points where, from the first attention
     on, 5 of 16 and the fused rest stay; with random ones it loses more."""
-    model = trained(seed)
-    whole = right(model)
+    model = trained_reader(seed)
+    whole = share_right(model)
     with way(model, 0.3, (0,)):
-        return at_most(whole - right(model), 0.025, whole=whole)
+        return at_most(whole - share_right(model), 0.025, whole=whole)
 
 
 @picture
 def surviving_patches() -> Picture:
     """A digit, and in which stage its patches were fused (3: they stay to the end)."""
-    model, images = trained(0), digits()[0][:1]
+    model, images = trained_reader(0), held_out_digits()[0][:1]
     with torch.no_grad(), evit(model, 0.6, (0, 1, 2)) as record:
         model(images)
     grid = np.zeros((4, 4))

@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
@@ -25,11 +24,9 @@ from headwise.compress.tokens.record import Record
 from headwise.compress.tokens.sight import Sight
 from headwise.models import view
 from headwise.models.backbones import VisionPatches
-from headwise.models.heads import Classify
 from headwise.papers import Measured, Picture, at_least, at_most, claim, paper, picture
+from headwise.papers.digit_readers import share_right, trained_reader
 from headwise.parts import Attention
-from headwise.tasks import Digits
-from headwise.train import fit, seeded
 
 
 @paper(
@@ -50,10 +47,11 @@ from headwise.train import fit, seeded
     "with the vision encoder.",
     taxonomy=("beyond/tokens",),
     use="""
-from headwise.papers.tokens.flowcut import digits, flowcut, trained
+from headwise.papers.digit_readers import held_out_digits, trained_reader
+from headwise.papers.tokens.flowcut import flowcut
 
-with flowcut(trained(0), target=4) as record:
-    logits = trained(0)(digits()[0])
+with flowcut(trained_reader(0), target=4) as record:
+    logits = trained_reader(0)(held_out_digits()[0])
 record.counts  # layer -> how many patches it left
 """,
 )
@@ -180,45 +178,14 @@ def the_sharper_the_more_go(way: Way, seed: int) -> Measured:
     return at_least(gone[1] - gone[0], 10, flat=gone[0], sharp=gone[1])
 
 
-@cache
-def trained(seed: int) -> VisionPatches:
-    """Three layers that read digits of 8 x 8 pixels in 16 patches, trained with all of them."""
-    with seeded(seed):
-        model = VisionPatches(
-            8,
-            2,
-            32,
-            3,
-            mixer=lambda layer: Attention(32, 4),
-            head=Classify(32, 10, pool="first"),
-            channels=1,
-            class_token=True,
-        )
-    fit(model, Digits(), steps=250, size=64, rate=6e-3, seed=seed)
-    return model.eval()
-
-
-@cache
-def digits() -> tuple[Tensor, Tensor]:
-    """360 test images `(360, 1, 8, 8)` and what they show."""
-    batch = Digits().all("test")
-    return batch.inputs["pixel_values"], batch.targets
-
-
-@torch.no_grad()
-def right(model: VisionPatches) -> float:
-    images, labels = digits()
-    return float((model(images).argmax(-1) == labels).float().mean())
-
-
 @claim(control=by_chance, unit="accuracy lost", seeds=SEEDS, quick=False)
 def a_quarter_of_the_tokens_is_enough(way: Way, seed: int) -> Measured:
     """A model trained with 16 patches loses at most 0.8 points with a target of 2; where the same
     numbers are drawn at random, more."""
-    model = trained(seed)
-    whole = right(model)
+    model = trained_reader(seed)
+    whole = share_right(model)
     with way(model, 2, 1):
-        lost = whole - right(model)
+        lost = whole - share_right(model)
     return at_most(lost, 0.008, whole=whole)
 
 

@@ -27,8 +27,8 @@ from headwise.compress.tokens.reduction import Ranked
 from headwise.compress.tokens.sight import Sight
 from headwise.maps import Scores
 from headwise.models.backbones import VisionPatches
-from headwise.models.heads import Classify
 from headwise.papers import Measured, at_least, at_most, claim, paper
+from headwise.papers.digit_readers import held_out_digits, untrained_reader
 from headwise.parts import Attention, kernels
 from headwise.tasks import Digits
 from headwise.train import fit, seeded
@@ -49,11 +49,13 @@ from headwise.train import fit, seeded
     "the embedded patches) and the penalty are ours.",
     taxonomy=("beyond/tokens", "architecture/adaptive"),
     use="""
-from headwise.papers.tokens.life_regression import digits, trained
+from headwise.papers.digit_readers import held_out_digits
+from headwise.papers.tokens.life_regression import trained
 
 lively = trained(0)
 with lively.slim() as record:
-    logits = lively(digits()[0][:1])  # one image at a time: each has its own number of patches
+    # one image at a time: each has its own number of patches
+    logits = lively(held_out_digits()[0][:1])
 record.counts
 """,
 )
@@ -167,31 +169,10 @@ SEEDS = (0, 1)
 Kind = Callable[..., Lives]
 
 
-def vision(seed: int) -> VisionPatches:
-    with seeded(seed):
-        return VisionPatches(
-            8,
-            2,
-            32,
-            3,
-            mixer=lambda layer: Attention(32, 4),
-            head=Classify(32, 10, pool="first"),
-            channels=1,
-            class_token=True,
-        )
-
-
-@cache
-def digits() -> tuple[Tensor, Tensor]:
-    """360 test images `(360, 1, 8, 8)` and what they show."""
-    batch = Digits().all("test")
-    return batch.inputs["pixel_values"], batch.targets
-
-
 def lively(kind: Kind, seed: int) -> Lives:
     """Untrained, with lives that differ."""
     with seeded(seed):
-        made = kind(vision(seed))
+        made = kind(untrained_reader(seed, 8, 2, 32, 3, 4))
         nn.init.normal_(made.head.weight, std=1.0)
     return made.eval()
 
@@ -202,7 +183,7 @@ def what_is_gone_is_what_was_masked(kind: Kind, seed: int) -> Measured:
     gone are the same to 1e-5."""
     model, apart = lively(kind, seed), 0.0
     with torch.no_grad():
-        for image in digits()[0][:8]:
+        for image in held_out_digits()[0][:8]:
             masked = model(image[None])
             with model.slim() as record:
                 gone = model(image[None])
@@ -216,7 +197,7 @@ def one_look_is_enough(kind: Kind, seed: int) -> Measured:
     """Patches go in several layers, and who goes is asked once."""
     model = lively(kind, seed)
     with torch.no_grad(), model.slim():
-        model(digits()[0][:1])
+        model(held_out_digits()[0][:1])
     return at_most(model.asked, 1)
 
 
@@ -229,13 +210,13 @@ def trained(seed: int) -> Lives:
 @cache
 def _trained(kind: Any, seed: int) -> Lives:
     with seeded(seed):
-        model: Lives = kind(vision(seed))
+        model: Lives = kind(untrained_reader(seed, 8, 2, 32, 3, 4))
     fit(model, Digits(), steps=200, size=64, rate=6e-3, seed=seed)
     return model.eval()
 
 
 def right(model: Lives) -> float:
-    images, labels = digits()
+    images, labels = held_out_digits()
     with torch.no_grad():
         return float((model(images).argmax(-1) == labels).float().mean())
 

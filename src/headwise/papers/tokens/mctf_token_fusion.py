@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from functools import cache
 from typing import Any, ClassVar
 
 import torch
@@ -25,12 +24,8 @@ from headwise.compress.tokens.matching import Similarity, averaged, cosines, mat
 from headwise.compress.tokens.record import Record
 from headwise.compress.tokens.reduction import joined
 from headwise.compress.tokens.sight import Sight, with_special
-from headwise.models.backbones import VisionPatches
-from headwise.models.heads import Classify
 from headwise.papers import Measured, at_least, at_most, claim, paper
-from headwise.parts import Attention
-from headwise.tasks import Digits
-from headwise.train import fit, seeded
+from headwise.papers.digit_readers import held_out_digits, trained_reader
 
 
 @paper(
@@ -51,10 +46,11 @@ from headwise.train import fit, seeded
     "that the paper computes with instead. The consistency loss is left out.",
     taxonomy=("beyond/tokens",),
     use="""
-from headwise.papers.tokens.mctf_token_fusion import digits, mctf, trained
+from headwise.papers.digit_readers import held_out_digits, trained_reader
+from headwise.papers.tokens.mctf_token_fusion import mctf
 
-with mctf(trained(0), fused=4, layers=(1, 2)) as record:
-    logits = trained(0)(digits()[0])
+with mctf(trained_reader(0), fused=4, layers=(1, 2)) as record:
+    logits = trained_reader(0)(held_out_digits()[0])
 record.members(2)  # which patches each token of the first image holds
 """,
 )
@@ -208,38 +204,13 @@ def twins_attend_alike_when_fused(make: Make, seed: int) -> Measured:
     return at_most(float((found[:, 0] - want).abs().max()), 1e-6)
 
 
-@cache
-def trained(seed: int) -> VisionPatches:
-    """Three layers that read digits of 8 x 8 pixels in 16 patches, trained with all of them."""
-    with seeded(seed):
-        model = VisionPatches(
-            8,
-            2,
-            32,
-            3,
-            mixer=lambda layer: Attention(32, 4),
-            head=Classify(32, 10, pool="first"),
-            channels=1,
-            class_token=True,
-        )
-    fit(model, Digits(), steps=250, size=64, rate=6e-3, seed=seed)
-    return model.eval()
-
-
-@cache
-def digits() -> tuple[Tensor, Tensor]:
-    """360 test images `(360, 1, 8, 8)` and what they show."""
-    batch = Digits().all("test")
-    return batch.inputs["pixel_values"], batch.targets
-
-
 @claim(control=AnyPairs, unit="nats of divergence", seeds=SEEDS, quick=False)
 def fusing_hardly_moves_the_answer(make: Make, seed: int) -> Measured:
     """6 of 16 patches fused away before the first layer, without training for it: the answer moves
     by at most 0.15 nats on average from that of all patches, by twice as much with pairs drawn at
     random. (Similarity alone does as well here; the criteria pay where twins matter, see above.)
     """
-    model, (images, _) = trained(seed), digits()
+    model, (images, _) = trained_reader(seed), held_out_digits()
     with torch.no_grad():
         whole = model(images).log_softmax(-1)
         with mctf(model, 6, (0,), make()):

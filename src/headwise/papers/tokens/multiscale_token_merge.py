@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import ClassVar
 
 import torch
@@ -25,12 +24,12 @@ from headwise.compress.tokens.matching import averaged, cosines
 from headwise.compress.tokens.ranking import ClassAttention
 from headwise.compress.tokens.reduction import groups_of, highest
 from headwise.compress.tokens.sight import Sight
-from headwise.models.backbones import VisionPatches
-from headwise.models.heads import Classify
 from headwise.papers import Measured, at_least, at_most, claim, paper, within
-from headwise.parts import Attention
-from headwise.tasks import Digits
-from headwise.train import fit, seeded
+from headwise.papers.digit_readers import (
+    share_right,
+    trained_reader,
+    untrained_reader,
+)
 
 
 @paper(
@@ -50,10 +49,11 @@ from headwise.train import fit, seeded
     taxonomy=("beyond/tokens",),
     use="""
 from headwise.compress import reduce_tokens
-from headwise.papers.tokens.multiscale_token_merge import MergeIntoCrucial, digits, trained
+from headwise.papers.digit_readers import held_out_digits, trained_reader
+from headwise.papers.tokens.multiscale_token_merge import MergeIntoCrucial
 
-with reduce_tokens(trained(0), keep=0.7, how=MergeIntoCrucial()) as record:
-    logits = trained(0)(digits()[0])
+with reduce_tokens(trained_reader(0, "mean"), keep=0.7, how=MergeIntoCrucial()) as record:
+    logits = trained_reader(0, "mean")(held_out_digits()[0])
 record.members(2)  # which patches each token of the first image holds
 """,
 )
@@ -162,21 +162,6 @@ def the_weighted_sum_stays(make: Make, seed: int) -> Measured:
     return at_most(float((before - after).norm() / before.norm()), 1e-6)
 
 
-def vision(seed: int, image: int, patch: int, dim: int, depth: int, heads: int, pool: str
-           ) -> VisionPatches:  # fmt: skip
-    with seeded(seed):
-        return VisionPatches(
-            image,
-            patch,
-            dim,
-            depth,
-            mixer=lambda layer: Attention(dim, heads),
-            head=Classify(dim, 10, pool=pool),
-            channels=1,
-            class_token=True,
-        )
-
-
 @dataclass(frozen=True)
 class Late(MergeIntoCrucial):
     """The control: tokens go after the layer instead of before its MLP, and only half as many."""
@@ -191,7 +176,7 @@ class Late(MergeIntoCrucial):
 def a_third_of_the_work_goes(make: Make, seed: int) -> Measured:
     """Counted on a DeiT-S (12 layers of 384, 196 patches), 0.7 of the patches kept at each of
     three stages: two thirds of it is left, as the paper reports."""
-    model = vision(seed, 224, 16, 384, 12, 6, "first").eval()
+    model = untrained_reader(seed, 224, 16, 384, 12, 6, "first").eval()
     image = torch.zeros(1, 1, 224, 224)
 
     def counted() -> int:
@@ -204,34 +189,13 @@ def a_third_of_the_work_goes(make: Make, seed: int) -> Measured:
         return within(counted() / whole, 0.67, 0.03)
 
 
-@cache
-def trained(seed: int) -> VisionPatches:
-    """Three layers that read digits of 8 x 8 pixels off the mean of all tokens."""
-    model = vision(seed, 8, 2, 32, 3, 4, "mean")
-    fit(model, Digits(), steps=250, size=64, rate=6e-3, seed=seed)
-    return model.eval()
-
-
-@cache
-def digits() -> tuple[Tensor, Tensor]:
-    """360 test images `(360, 1, 8, 8)` and what they show."""
-    batch = Digits().all("test")
-    return batch.inputs["pixel_values"], batch.targets
-
-
-@torch.no_grad()
-def right(model: VisionPatches) -> float:
-    images, labels = digits()
-    return float((model(images).argmax(-1) == labels).float().mean())
-
-
 @claim(control=dropping, unit="points of accuracy above dropping", seeds=SEEDS, quick=False)
 def what_is_merged_still_counts(make: Make, seed: int) -> Measured:
     """Where the answer is read off all tokens, and 8, 3 and 1 of 16 patches are crucial in the
     three layers: without training for it, merging is right on a point more than dropping."""
-    model = trained(seed)
+    model = trained_reader(seed, "mean")
     found = []
     for way in (make(), dropping()):
         with reduce_tokens(model, schedule={0: 8, 1: 3, 2: 1}, how=way):
-            found.append(right(model))
+            found.append(share_right(model))
     return at_least(found[0] - found[1], 0.01, merged=found[0], dropped=found[1])
