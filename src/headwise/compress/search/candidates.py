@@ -114,6 +114,19 @@ def removable(view: ModelView, kinds: Sequence[str], tokens: int) -> tuple[int, 
     return max(0, int(gone[0])), max(0.0, gone[1])
 
 
+def in_words(chosen: Sequence[Candidate]) -> tuple[str, ...]:
+    """What goes, layer by layer, the slices of one layer together."""
+    channels: dict[int, int] = {}
+    for one in chosen:
+        if one.kind == "channels":
+            channels[one.layer] = channels.get(one.layer, 0) + len(one.which)
+    rest = sorted((one for one in chosen if one.kind != "channels"), key=lambda one: one.layer)
+    return (
+        *(str(one) for one in rest),
+        *(f"L{layer} {count} channels" for layer, count in sorted(channels.items())),
+    )
+
+
 def sizes(view: ModelView) -> list[tuple[int, int]]:
     """(heads, channels) of every layer, 0 where a layer has no such part."""
     return [

@@ -12,7 +12,14 @@ import torch
 from torch import nn
 
 from headwise.compress.search.asking import Text, read_text
-from headwise.compress.search.candidates import KINDS, Candidate, candidates, removable, sizes
+from headwise.compress.search.candidates import (
+    KINDS,
+    Candidate,
+    candidates,
+    in_words,
+    removable,
+    sizes,
+)
 from headwise.compress.search.curve import Curve, Point, summary
 from headwise.compress.search.kept import Kept
 from headwise.compress.search.prices import prices
@@ -205,7 +212,7 @@ class _Search:
         while chosen:
             self.current = copy.deepcopy(before)
             self._take(chosen)
-            words = tuple(str(one) for one in chosen)
+            words = in_words(chosen)
             point = self._measured(self.current, words, time.perf_counter() - began)
             self.curve.points.append(point)
             self.tell(
