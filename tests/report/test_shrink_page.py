@@ -83,6 +83,19 @@ def test_a_budget_that_was_met_is_told_as_that() -> None:
     assert "+/-" not in sentence(met)
 
 
+def test_what_was_tried_for_a_cache_is_listed_best_first(tmp_path: Path) -> None:
+    made = curve()
+    text = write_shrink(made, tmp_path / "a.html", "m").read_text("utf-8")
+    assert "What was tried" not in text
+    made.about["tried"] = {
+        "4 bits & all": {"kv": 0.2, "loss": 0.3},
+        "8 bits": {"kv": 0.2, "loss": 0.1},
+    }
+    text = write_shrink(made, tmp_path / "b.html", "m").read_text("utf-8")
+    assert text.index("8 bits") < text.index("4 bits &amp; all")
+    assert not Tags(text).open
+
+
 def test_a_curve_comes_back_from_its_file(tmp_path: Path) -> None:
     made = curve()
     made.save(tmp_path / "curve.json")

@@ -70,6 +70,8 @@ def _page(curve: Curve, title: str, command: str | None) -> str:
     drawn = "".join(svg(picture, standalone=False) for picture in curve_pictures(curve))
     remains = remains_picture(curve)
     layers = f"<h2>What is left of every layer</h2>{remains}" if remains else ""
+    clock = "Time is one forward pass, measured beside the original in turns."
+    clock = clock if "time" in curve.points[0].left else ""
     told = f"<p>Made by <code>{escape(command)}</code></p>" if command else ""
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
@@ -83,9 +85,9 @@ def _page(curve: Curve, title: str, command: str | None) -> str:
 <h2>Every point</h2>
 <p class="muted">Shares are of the original. The chosen point is marked *, refused ones are beyond
 the bound on quality. Quality is measured on text that nothing was fitted to; +/- is the standard
-error over its windows. Time is one forward pass, measured beside the original in turns.</p>
+error over its windows. {clock}</p>
 <div class="wide">{_table(curve)}</div>
-{told}</body></html>
+{_tried(curve)}{told}</body></html>
 """
 
 
@@ -120,6 +122,23 @@ def _table(curve: Curve) -> str:
         took += "" if point.within else " (refused)"
         rows.append(f"<tr{kind}><td>{number}{' *' * chosen}</td>{cells}<td>{took}</td></tr>")
     return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+
+
+def _tried(curve: Curve) -> str:
+    """Of a search for a cache: everything that was tried at the bytes that were asked for."""
+    tried: dict[str, dict[str, Any]] = curve.about.get("tried") or {}
+    if not tried:
+        return ""
+    rows = "".join(
+        f"<tr><td>{_number(one['kv'])}</td><td>{_number(one['loss'])}</td>"
+        f"<td>{escape(name)}</td></tr>"
+        for name, one in sorted(tried.items(), key=lambda item: item[1]["loss"])
+    )
+    return f"""<h2>What was tried at these bytes</h2>
+<p class="muted">On the half of the text that choices are made on. Tokens are as first asked for;
+where positions, scales or notes took the cache over the bytes, fewer were kept.</p>
+<div class="wide"><table>
+<thead><tr><th>kv</th><th>rise of the loss</th><th>settings</th></tr></thead><tbody>{rows}</tbody></table></div>"""
 
 
 def _number(value: float) -> str:

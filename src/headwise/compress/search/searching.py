@@ -90,10 +90,8 @@ def shrink(
     target = Keep.read(keep)
     limit = None if quality is None else Limit.read(quality)
     if rounds < 1 or repeats < 1 or distil < 0:
-        raise ValueError(
-            f"rounds={rounds}, repeats={repeats}, distil={distil}: expected 1 or more, and no "
-            "negative time"
-        )
+        told = f"rounds={rounds}, repeats={repeats}, distil={distil}"
+        raise ValueError(f"{told}: expected 1 or more, and no negative time")
     text = read_text(model, inputs, tokenizer, processor, tokens, windows, batch_size)
     if target.what == "kv":
         from headwise.compress.search.cache_search import search_cache
@@ -227,7 +225,7 @@ class _Search:
                 return
             self.current = before
             chosen = chosen[: len(chosen) // 2]
-        self._end(f"{self.limit} allows no further step" if given else "nothing is left")
+        self._end(f"{self.limit} allows no further step")
 
     def distil(self, seconds: float) -> None:
         """Train the chosen model on the original's answers; kept where that made it better."""
