@@ -138,7 +138,8 @@ def _tried(curve: Curve) -> str:
 <p class="muted">On the half of the text that choices are made on. Tokens are as first asked for;
 where positions, scales or notes took the cache over the bytes, fewer were kept.</p>
 <div class="wide"><table>
-<thead><tr><th>kv</th><th>rise of the loss</th><th>settings</th></tr></thead><tbody>{rows}</tbody></table></div>"""
+<thead><tr><th>kv</th><th>rise of the loss</th><th>settings</th></tr></thead>
+<tbody>{rows}</tbody></table></div>"""
 
 
 def _number(value: float) -> str:

@@ -200,12 +200,12 @@ class _Search:
         look = view(self.current)
         scores = channel_scores(look, self.text.given) if "channels" in self.kinds else None
         given = candidates(look, self.kinds, self.text.tokens, scores)
-        if not given:
-            self._end("nothing is left that can go")
-            return
         self.tell(f"round {number}: pricing {len(given)} candidates")
         price = prices(look, self.text.calibration, given)
         chosen = pick(given, price, what, self._need(), look)
+        if not chosen:
+            self._end("nothing is left that can go")
+            return
         before = self.current
         while chosen:
             self.current = copy.deepcopy(before)
