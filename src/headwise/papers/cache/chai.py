@@ -40,6 +40,7 @@ PAIRS = ((0, 5), (1, 2), (3, 7), (4, 6))
     "points of accuracy lost.",
     unsure="Clusters are made around medoids by correlation, where the paper takes k-means and "
     "then a head of each cluster. With grouped heads, key-value heads are clustered.",
+    needs=("transformers",),
     taxonomy=("beyond/cache",),
     use="""
 from headwise.papers.cache.chai import chai

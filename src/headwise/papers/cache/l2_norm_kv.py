@@ -33,7 +33,7 @@ from headwise.train import fit, seeded
     year=2024,
     modality="text",
     plain="The cache keeps the keys of smallest norm: they are the ones that attention goes to.",
-    equation=r"\mathrm{keep} = \arg\min_{|S| = b} \sum_{j \in S} \lVert k_j \rVert_2",
+    equation=r"\mathrm{keep} = \mathrm{argmin}_{|S| = b} \sum_{j \in S} \lVert k_j \rVert_2",
     parts=("HeadCache", "KeyNorm", "PerHead"),
     reported="Half of the cache can go on language modelling and needle tasks, and 90 % on "
     "passkey retrieval, without loss of accuracy.",

@@ -34,7 +34,7 @@ from headwise.train import seeded
     plain="A distillation token beside the class token learns a teacher's hard labels; both heads' "
     "answers are averaged.",
     equation=r"\mathcal{L} = \tfrac12 \mathrm{CE}(\psi(Z_{\mathrm{cls}}), y) + "
-    r"\tfrac12 \mathrm{CE}(\psi(Z_{\mathrm{dist}}), \arg\max_c Z_t(c))",
+    r"\tfrac12 \mathrm{CE}(\psi(Z_{\mathrm{dist}}), \mathrm{argmax}_c Z_t(c))",
     parts=("Attention",),
     reported="DeiT-B: 83.1 % on ImageNet-1K without other images, trained in three days on one "
     "machine; 85.2 % with distillation from a RegNetY-16GF at 384 pixels.",

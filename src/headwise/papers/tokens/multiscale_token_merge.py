@@ -40,7 +40,7 @@ from headwise.papers.digit_readers import (
     plain="Patches that the class token overlooks are merged into the crucial patch that each "
     "resembles most, by importance; features of several scales are fused before.",
     equation=r"x'_j = \frac{\sum_{i \in G_j} a_i x_i}{\sum_{i \in G_j} a_i}, \quad "
-    r"G_j = \{j\} \cup \{ i : j = \arg\max_{c \in \mathcal{C}} \cos(x_i, x_c) \}",
+    r"G_j = \{j\} \cup \{ i : j = \mathrm{argmax}_{c \in \mathcal{C}} \cos(x_i, x_c) \}",
     parts=("Attention",),
     reported="DeiT-S: 33 % less computation for 0.1 points of ImageNet accuracy.",
     unsure="Only the abstract was at hand: the weights of the mean, how scales are fused (here "
