@@ -236,13 +236,13 @@ def what_is_said() -> Picture:
     asked = torch.zeros_like(batch.inputs["input_ids"], dtype=torch.bool)
     asked[:, -1] = True
     lines: dict[str, Any] = {}
+    with torch.enable_grad():
+        first = _learned(0).modules[0]
 
     def read(r: Any) -> None:
         wanted, _ = importance(r, asked)
         heads = torch.arange(2)
-        told = _learned(0).modules[0](
-            r.query.unflatten(1, (2, 2)).flatten(0, 1), r.key[0], r.value[0], heads
-        )
+        told = first(r.query.unflatten(1, (2, 2)).flatten(0, 1), r.key[0], r.value[0], heads)
         at = list(range(wanted.shape[-1]))
         lines["asked for in the end"] = (at, wanted[0, 0].tolist())
         lines["said when it was read"] = (at, told[0].tolist())
