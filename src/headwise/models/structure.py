@@ -43,6 +43,20 @@ class AttentionView:
             raise UnsupportedModelError(f"{self.name}: {self.projections}")
         return self.projections
 
+    @property
+    def cached_heads(self) -> int:
+        """Key-value heads that a cache holds: fewer than `kv_heads`, which the attention function
+        is handed, where groups of query heads have become unequal."""
+        found = self.projections
+        return self.kv_heads if isinstance(found, str) else found.key.heads
+
+    @property
+    def key_value_of(self) -> tuple[int, ...]:
+        """For each query head the number of the cached key-value head that it reads."""
+        found, held = self.projections, self.cached_heads
+        read = None if isinstance(found, str) else found.key.read
+        return read or tuple(h * held // self.heads for h in range(self.heads))
+
     def query_weight(self) -> Tensor:
         """W_Q `(heads, head_dim, width)`, a view of the parameter: q_h = x W_Q[h]^T.
 

@@ -4,10 +4,18 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from headwise.compress import HeadCache, KeyNorm, ObservationWindow, drop_layers, prune_heads
+from headwise.compress import (
+    ByKind,
+    HeadCache,
+    KeyNorm,
+    ObservationWindow,
+    drop_layers,
+    prune_heads,
+)
 from headwise.compress.cache.unequal import UnequalGroups
 from headwise.models import view
 from tests.instruments.tiny import gpt2, gpt_oss, llama, mistral
@@ -86,6 +94,32 @@ def test_a_table_of_budgets_may_say_anything_of_a_layer_without_attention() -> N
         assert cache.nbytes() > 0
     with pytest.raises(ValueError, match="table"):
         HeadCache(model, torch.full((3, heads), 0.5))
+
+
+def test_budgets_are_of_the_heads_that_are_held_also_where_groups_are_unequal() -> None:
+    model = llama().eval()
+    prune_heads(model, [(0, 0), (1, 1), (1, 2)])
+    shapes = [view(model).attentions[layer].key_value_of for layer in range(2)]
+    assert [attention.cached_heads for attention in view(model).attentions] == [2, 2]
+    assert shapes == [(0, 1, 1), (0, 1)]
+    ids = torch.randint(model.config.vocab_size, (1, 60), generator=torch.manual_seed(2))
+    asked = {"policy": KeyNorm(), "sinks": 0, "window": 1, "step": 1, "slack": 1}
+    with HeadCache(model, torch.tensor([[10, 20], [30, 40]]), **asked) as cache:
+        model(ids, past_key_values=cache)
+        counts = [[len(row) for row in cache.kept(layer)] for layer in range(2)]
+    assert counts == [[10, 20], [30, 40]]
+    far = {(0, 2), (1, 0)}  # of the query heads that are left
+    rows = [(layer, head) for layer, of in enumerate(shapes) for head in range(len(of))]
+    columns = {
+        "layer": np.array([layer for layer, _ in rows]),
+        "head": np.array([head for _, head in rows]),
+        "kind": np.array(["retrieval" if row in far else "local" for row in rows]),
+    }
+    atlas: Any = type("Atlas", (), {"heads": columns})
+    with HeadCache(model, ByKind(atlas, window=8), **asked) as cache:
+        model(ids, past_key_values=cache)
+        counts = [[len(row) for row in cache.kept(layer)] for layer in range(2)]
+    assert counts == [[8, 60], [60, 8]]
 
 
 @pytest.mark.parametrize("of", [(0, 0, 0, 1), (0, 1, 1), (0,), (0, 1, 2, 2, 2)])

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import headwise
+import headwise.compress
 from headwise.compress.search.candidates import candidates, removable
 from headwise.compress.search.curve import Curve
 from headwise.compress.search.prices import prices
@@ -52,6 +53,22 @@ def test_a_price_is_what_the_loss_rises_by_when_it_is_really_taken_out(make: Any
         gone = whole.parameters - cost(cut, 24).parameters
         assert gone >= one.parameters, str(one)  # norms and biases go as well
         assert gone <= one.parameters * 1.1 + 3 * look.width, str(one)
+
+
+def test_prices_hold_where_groups_are_unequal_already() -> None:
+    model = llama().eval()
+    headwise.compress.prune_heads(model, [(0, 0)])
+    tokens = ids(model)
+    look = view(model)
+    given = candidates(look, ("heads",), 24)
+    assert [one.which for one in given if one.layer == 0] == [(0,), (1, 2)]
+    found = prices(look, read_examples(model, tokens), given)
+    before, whole = loss_of(model, tokens), cost(model, 24)
+    for one, price in zip(given, found.tolist(), strict=True):
+        cut = copy.deepcopy(model)
+        take_out(cut, [one])
+        assert loss_of(cut, tokens) - before == pytest.approx(price, abs=2e-4)
+        assert whole.parameters - cost(cut, 24).parameters == one.parameters
 
 
 def test_what_costs_least_goes_first_and_nothing_twice() -> None:

@@ -20,10 +20,19 @@ Amount = int | float
 
 @dataclass(frozen=True)
 class Shape:
-    """Heads of the layers that a cache serves: query heads and key-value heads of each."""
+    """Heads of the layers that a cache serves: query heads, and key-value heads that are held, of
+    each. `reads`: for each query head of each layer the key-value head that it reads; () where all
+    groups are equal."""
 
     heads: tuple[int, ...]
     kv_heads: tuple[int, ...]
+    reads: tuple[tuple[int, ...], ...] = ()
+
+    def readers(self, layer: int) -> list[list[int]]:
+        """For each key-value head of a layer the query heads that read it."""
+        heads, held = self.heads[layer], self.kv_heads[layer]
+        of = self.reads[layer] if self.reads else [h * held // heads for h in range(heads)]
+        return [[h for h, k in enumerate(of) if k == kv] for kv in range(held)]
 
     @property
     def layers(self) -> int:
@@ -189,8 +198,8 @@ class ByKind(Budget):
             )
         return PerHead(
             [
-                [self._amount(layer, range(kv * (h // k), (kv + 1) * (h // k))) for kv in range(k)]
-                for layer, (h, k) in enumerate(zip(shape.heads, shape.kv_heads, strict=True))
+                [self._amount(layer, heads) for heads in shape.readers(layer)]
+                for layer in range(shape.layers)
             ]
         )
 

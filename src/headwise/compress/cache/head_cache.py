@@ -82,7 +82,8 @@ class HeadCache(Cache):
         there = [by_layer.get(layer) for layer in range(len(windows))]
         shape = Shape(
             tuple(0 if one is None else one.heads for one in there),
-            tuple(0 if one is None else one.kv_heads for one in there),
+            tuple(0 if one is None else one.cached_heads for one in there),
+            tuple(() if one is None else one.key_value_of for one in there),
         )
         if policy is None:
             from headwise.compress.cache.policies.observation_window import ObservationWindow

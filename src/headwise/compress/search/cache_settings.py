@@ -93,7 +93,7 @@ def cache_of(model: nn.Module, settings: CacheSettings | Mapping[str, Any]) -> H
     """An empty cache of these settings for the model."""
     asked = settings if isinstance(settings, CacheSettings) else settings_of(settings)
     look = view(model)
-    kv_heads = [sum(a.kv_heads for a in layer.attentions) for layer in look.layers]
+    kv_heads = [sum(a.cached_heads for a in layer.attentions) for layer in look.layers]
     return HeadCache(
         model,
         budget=asked.budget(kv_heads),

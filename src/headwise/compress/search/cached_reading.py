@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from headwise.models import view
+from headwise.compress.structure.costs import cost
 
 PIECE = 16
 """Tokens that are read at a time after the prompt."""
@@ -25,9 +25,5 @@ def read_with_cache(model: nn.Module, ids: Tensor, cache: Any, piece: int = PIEC
 
 
 def full_bytes(model: nn.Module, ids: Tensor) -> int:
-    """Of a cache that keeps everything as the model computes it."""
-    size = next(model.parameters()).element_size()
-    return sum(
-        ids.numel() * a.kv_heads * (a.key_weight().shape[1] + a.value_weight().shape[1]) * size
-        for a in view(model).attentions
-    )
+    """Of a cache that keeps everything of `ids` as the model computes it."""
+    return ids.numel() * cost(model, ids.shape[-1]).cache_bytes_per_token

@@ -184,24 +184,18 @@ def _check(view: ModelView, kinds: Sequence[str]) -> None:
 
 
 def _groups(attention: AttentionView, tokens: int) -> list[Candidate]:
-    """Heads by key-value head: with a group its keys and values go, and the rest stays regular."""
-    per_group = attention.heads // attention.kv_heads
+    """Heads by key-value head: with a group its keys and values go, and the rest stays as it is."""
     query, key = attention.query_weight(), attention.key_weight()
     value, output = attention.value_weight(), attention.output_weight()
-    parameters = per_group * (query[0].numel() + output[0].numel())
-    parameters += key[0].numel() + value[0].numel()
     seen = tokens / 2 if attention.causal else tokens
-    mixing = per_group * seen * (query.shape[1] + value.shape[1])
-    return [
-        Candidate(
-            "heads",
-            attention.layer,
-            tuple(range(group * per_group, (group + 1) * per_group)),
-            parameters,
-            parameters + mixing,
-        )
-        for group in range(attention.kv_heads)
-    ]
+    found = []
+    for group in range(attention.cached_heads):
+        heads = tuple(h for h, read in enumerate(attention.key_value_of) if read == group)
+        parameters = len(heads) * (query[0].numel() + output[0].numel())
+        parameters += key[0].numel() + value[0].numel()
+        mixing = len(heads) * seen * (query.shape[1] + value.shape[1])
+        found.append(Candidate("heads", attention.layer, heads, parameters, parameters + mixing))
+    return found
 
 
 def _feed(layer: LayerView) -> tuple[int, int]:

@@ -29,7 +29,7 @@ def pick(
     order = sorted(
         range(len(given)), key=lambda n: float(prices[n]) / max(saved(given[n], what), 1.0)
     )
-    groups = {a.layer: a.kv_heads for a in view.attentions}
+    groups = {a.layer: a.cached_heads for a in view.attentions}
     chosen: list[Candidate] = []
     left = need
     for number in order:
