@@ -64,7 +64,7 @@ def _found(folder: Path) -> tuple[Path, dict[str, Any]]:
 
 
 def _loaded(folder: Path, options: argparse.Namespace, progress: Progress) -> tuple[Any, Any]:
-    from headwise.cli.loading import load_as_told, quiet_transformers
+    from headwise.cli.loading import chosen_device, load_as_told, quiet_transformers
     from headwise.cli.sources import model_source
 
     if not (folder / MANIFEST).is_file():
@@ -78,9 +78,7 @@ def _loaded(folder: Path, options: argparse.Namespace, progress: Progress) -> tu
 
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    device = options.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = chosen_device(options.device)
     dtype = getattr(torch, options.dtype) if options.dtype not in (None, "auto") else None
     try:
         model = load(folder, device=device, dtype=dtype).eval()

@@ -70,10 +70,7 @@ def load(
     from headwise.instruments.positions import position_limit, position_table
 
     transformers = quiet_transformers()
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda, but PyTorch sees no CUDA device; use --device cpu")
+    device = chosen_device(device)
     wanted = dtype or ("float32" if device == "cpu" else "auto")
     files: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if revision is not None:
@@ -103,6 +100,18 @@ def load(
         )
     model = model.eval().to(device)
     return Loaded(model, tokenizer, position_table(model), position_limit(model), unset)
+
+
+def chosen_device(asked: str) -> str:
+    """The device that "auto" stands for, or the one that was asked for. Raises UserError where it
+    is not there."""
+    import torch
+
+    if asked == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if asked == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda, but PyTorch sees no CUDA device; use --device cpu")
+    return asked
 
 
 def _model_class(

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from headwise.instruments.inputs import Sample, digest, read_inputs
+from headwise.instruments.inputs import digest, read_inputs
 from headwise.instruments.tokens import Tokens
 from headwise.models import ModelView, view
 
-__all__ = ["Examples", "digests", "model_view", "read_examples"]
+__all__ = ["Examples", "digests", "model_view", "read_examples", "together"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,20 +61,29 @@ def read_examples(
     sources = read_inputs(model, inputs, words, processor, tokens, windows)
     samples = [sample for source in sources for sample in source.samples]
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    singles = [
+        Examples({key: value.to(device) for key, value in sample.inputs.items()}, slice(n, n + 1))
+        for n, sample in enumerate(samples)
+    ]
+    return together(singles, batch_size)
+
+
+def together(singles: list[Examples], batch_size: int) -> list[Examples]:
+    """Single examples as batches: in order, neighbours of equal shapes together, at most
+    `batch_size` at a time; numbered anew."""
     found: list[Examples] = []
     start = 0
-    while start < len(samples):
+    while start < len(singles):
         stop = start + 1
-        while stop < min(len(samples), start + batch_size) and _fit(samples[start], samples[stop]):
+        first = _shapes(singles[start])
+        while stop < min(len(singles), start + batch_size) and _shapes(singles[stop]) == first:
             stop += 1
-        batch = samples[start:stop]
-        together = {
-            key: torch.cat([sample.inputs[key] for sample in batch]).to(device)
-            if value.dim()
-            else value.to(device)
-            for key, value in batch[0].inputs.items()
+        batch = [single.inputs for single in singles[start:stop]]
+        inputs = {
+            key: torch.cat([one[key] for one in batch]) if value.dim() else value
+            for key, value in batch[0].items()
         }
-        found.append(Examples(together, slice(start, stop)))
+        found.append(Examples(inputs, slice(start, stop)))
         start = stop
     return found
 
@@ -84,8 +93,5 @@ def digests(batches: list[Examples]) -> list[str]:
     return [digest(batch.inputs).hex() for batch in batches]
 
 
-def _fit(a: Sample, b: Sample) -> bool:
-    """Whether two samples have the same tensors, of the same shapes."""
-    return a.inputs.keys() == b.inputs.keys() and all(
-        value.shape == b.inputs[key].shape for key, value in a.inputs.items()
-    )
+def _shapes(one: Examples) -> dict[str, torch.Size]:
+    return {key: value.shape for key, value in one.inputs.items()}

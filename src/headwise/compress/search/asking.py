@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from headwise.instruments.examples import Examples, digests, read_examples
+from headwise.instruments.examples import Examples, digests, read_examples, together
 
 WINDOWS = 8
 TOKENS = 256
@@ -72,28 +71,4 @@ def read_text(
             f"{len(singles)} example was given; expected 2 or more: half of them to measure prices "
             "on, the others to judge by (longer texts, smaller tokens=)"
         )
-    return Text(_batches(singles[::2], batch_size), _batches(singles[1::2], batch_size))
-
-
-def _batches(singles: list[Examples], size: int) -> list[Examples]:
-    """Neighbours of equal shapes together."""
-    found: list[list[Examples]] = []
-    for one in singles:
-        fits = bool(found) and len(found[-1]) < size and _shapes(found[-1][0]) == _shapes(one)
-        if fits:
-            found[-1].append(one)
-        else:
-            found.append([one])
-    start, batches = 0, []
-    for group in found:
-        inputs = {
-            name: torch.cat([one.inputs[name] for one in group]) if value.dim() else value
-            for name, value in group[0].inputs.items()
-        }
-        batches.append(Examples(inputs, slice(start, start + len(group))))
-        start += len(group)
-    return batches
-
-
-def _shapes(one: Examples) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(value.shape) for name, value in one.inputs.items()}
+    return Text(together(singles[::2], batch_size), together(singles[1::2], batch_size))

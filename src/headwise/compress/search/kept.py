@@ -68,13 +68,16 @@ class Kept:
             where = self.folder / MODEL
         return load(where, into=copy.deepcopy(original))
 
-    def write(self, curve: Curve, model: nn.Module, tokenizer: Any | None = None) -> None:
-        """The model first, then the curve that names it, then the model before goes."""
+    def write(
+        self, curve: Curve, model: nn.Module, tokenizer: Any | None = None, point: int = 0
+    ) -> None:
+        """The model first, then the curve that names it, then the model before goes. point: that
+        of which the model is; it is written once."""
         curve.about["asked"] = self.asked
         if self.folder is None:
             return
         before = curve.about.get("stands_in")
-        name = f"round-{curve.chosen:03}"
+        name = f"round-{point:03}"
         if name != before:
             save(model, self.folder / name, tokenizer=tokenizer, overwrite=True)
         curve.about["stands_in"] = name

@@ -104,16 +104,16 @@ def shrink(
     curve = kept.curve()
     if curve is None:
         search.begin()
-        kept.write(search.curve, search.current, tokenizer)
+        kept.write(search.curve, search.current, tokenizer, search.curve.chosen)
     else:
         search.go_on(curve, kept.model(model))
     with evaluating(search.current):
         while not search.curve.about.get("done"):
             search.round()
-            kept.write(search.curve, search.current, tokenizer)
+            kept.write(search.curve, search.current, tokenizer, search.curve.chosen)
     if distil and not search.curve.about.get("distilled"):
         search.distil(distil)
-        kept.write(search.curve, search.current, tokenizer)
+        kept.write(search.curve, search.current, tokenizer, search.curve.chosen)
     kept.finish(search.curve)
     search.curve.model = search.current
     return search.curve
