@@ -14,7 +14,7 @@ so that one is timed by itself and its share of a token added. Bytes promise 1 /
 what a process of its own has resident after the fill beyond what it had before.
 
 The second table is a real prefill of `--prefill` tokens in one step, and in chunks, in processes of
-their own: the largest resident memory beyond what was there before.
+their own: the largest resident memory beyond what was there before (see `measure.mapped`).
 """
 
 from __future__ import annotations
@@ -184,7 +184,8 @@ def run_child(arguments: argparse.Namespace, name: str, tokens: int, chunk: int)
     given |= {"heads": arguments.heads, "kv-heads": arguments.kv_heads}
     given["threads"] = arguments.threads
     flat = [str(part) for key, value in given.items() for part in (f"--{key}", value)]
-    return measure.in_own_process("bench.shrink_cache", flat, 600) or {}
+    around = measure.mapped() if chunk else None
+    return measure.in_own_process("bench.shrink_cache", flat, 600, around) or {}
 
 
 # -- tables ----------------------------------------------------------------------------------

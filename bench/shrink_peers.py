@@ -1,14 +1,19 @@
 """HeadCache beside kvpress: the same model, policy and share; the same tokens kept?
 
     python -m bench.shrink_peers --peer-python PATH [--model random|default|FOLDER]
-        [--tokens 4096] [--decode 32] [--share 0.5] [--repeats 5] [--threads 1] [--only POLICY]
-        [--clock wall|cpu]
+        [--tokens 4096] [--decode 32] [--share 0.5] [--repeats 3] [--processes 3] [--threads 1]
+        [--only POLICY] [--clock wall|cpu]
 
 PATH: the interpreter of an environment with kvpress 0.5.5, which asks for transformers below 5.3
-and so cannot live beside ours. Every figure is taken in a process of its own: the time of a prefill
-of `--tokens` tokens, the median time of a decoded token, the bytes that the cache holds after the
-prefill, and the peak of the process' memory beyond what it held with the model loaded. What the
-peer kept is read off its keys and handed over in files; ours keeps the newest token in any case.
+and so cannot live beside ours. Either side runs in processes of its own, in turn: the time of a
+prefill of `--tokens` tokens, the median time of a decoded token (of `--processes` processes the
+median), the bytes that the cache holds after the prefill, and, in one process more, the peak of
+its memory beyond what it held with the model loaded (`measure.mapped` says what is special about
+that one). What the peer kept is read off its keys and handed over in files; ours keeps the newest
+token in any case.
+
+"in pieces": the prompt is read 512 tokens at a time, and let go of after each. The peer can do so
+only with a prompt that comes in one piece, which is what it is given.
 
 "per head": kvpress' AdaKV over the same scores. Its split of the budget over heads (the best of
 each head are safe, then all compete) is not that of the paper, which is ours: for the comparison
@@ -38,9 +43,11 @@ HEADER = (
 )
 SAFE = 0.2
 """The share of an even split of which AdaKV makes every head sure."""
+PIECE = 512
 Kept = list[list[list[int]]]
 POLICIES = ("full", "key norm", "window", "observation", "key norm, per head",
-            "observation, per head", "observation, per head, own split")  # fmt: skip
+            "observation, per head", "observation, per head, own split",
+            "window, in pieces")  # fmt: skip
 
 
 def cache_of(model: Any, policy: str, share: float, theirs: Kept | None) -> Any:
@@ -79,12 +86,16 @@ def ours(arguments: list[str]) -> None:
     torch.set_num_threads(int(threads))
     model = cache_side.load(folder)
     ids = torch.load(Path(exchange) / "ids.pt")
-    file = Path(exchange) / f"kept-{policy.removesuffix(', own split')}.pt"
+    file = Path(exchange) / f"kept-{base_of(policy)}.pt"
     theirs: Kept | None = torch.load(file) if file.exists() else None
+
+    piece = PIECE if policy.endswith("in pieces") else ids.shape[1]
 
     def prefill(some: Tensor) -> tuple[Any, Tensor]:
         cache = cache_of(model, policy, float(share), theirs)
-        return cache, model(some, past_key_values=cache, logits_to_keep=1).logits[:, -1]
+        for part in some.split(piece, 1):
+            logits = model(part, past_key_values=cache, logits_to_keep=1).logits[:, -1]
+        return cache, logits
 
     found, cache = cache_side.run(
         model,
@@ -98,6 +109,11 @@ def ours(arguments: list[str]) -> None:
     if theirs is not None:
         found["same"] = same(theirs, [cache.kept(layer) for layer in range(len(theirs))])
     print(json.dumps(found))
+
+
+def base_of(policy: str) -> str:
+    """What the peer is asked for beside ours of this name."""
+    return policy.removesuffix(", own split").removesuffix(", in pieces")
 
 
 def same(theirs: Kept, mine: Kept) -> float:
@@ -135,15 +151,42 @@ def prepared(name: str, folder: Path, tokens: int) -> str:
     return model
 
 
-def started(python: str, module: str, arguments: list[str]) -> dict[str, Any] | None:
+def started(
+    python: str, module: str, arguments: list[str], mapped: bool = False
+) -> dict[str, Any] | None:
     """What a process of its own found; None, with the end of what it said, where it failed."""
+    around = measure.mapped() if mapped else None
     done = subprocess.run(
-        [python, "-m", module, *arguments], capture_output=True, text=True, check=False
+        [python, "-m", module, *arguments], capture_output=True, text=True, check=False, env=around
     )
     if done.returncode:
         print(f"{module} {' '.join(arguments)}: {done.stderr.strip()[-400:]}", file=sys.stderr)
         return None
     found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return found
+
+
+Side = tuple[str, str, list[str]]
+"""An interpreter, a module, its arguments."""
+
+
+def measured(sides: list[Side], given: argparse.Namespace) -> list[dict[str, Any] | None]:
+    """Of each side: times from `--processes` processes in turn, the peak from one more."""
+    numbers = [str(n) for n in (given.share, given.decode, given.repeats, given.threads)]
+    once = [str(n) for n in (given.share, 2, 1, given.threads)]
+    runs: list[list[dict[str, Any] | None]] = [[] for _ in sides]
+    for _ in range(given.processes):
+        for (python, module, asked), mine in zip(sides, runs, strict=True):
+            mine.append(started(python, module, [*asked, *numbers, given.clock]))
+    found: list[dict[str, Any] | None] = []
+    for (python, module, asked), mine in zip(sides, runs, strict=True):
+        there = [run for run in mine if run is not None]
+        peak = started(python, module, [*asked, *once, given.clock], mapped=True)
+        if not there or peak is None:
+            found.append(None)
+            continue
+        times = {key: measure.median([run[key] for run in there]) for key in ("prefill", "token")}
+        found.append({**there[-1], **times, "peak": peak["peak"]})
     return found
 
 
@@ -161,7 +204,8 @@ def main() -> None:
     parser.add_argument("--peer-python", required=True)
     parser.add_argument("--model", default="random")
     parser.add_argument("--only", choices=POLICIES)
-    for name, default in (("tokens", 4096), ("decode", 32), ("repeats", 5), ("threads", 1)):
+    for name, default in (("tokens", 4096), ("decode", 32), ("repeats", 3),
+                          ("processes", 3), ("threads", 1)):  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--share", type=float, default=0.5)
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
@@ -169,18 +213,11 @@ def main() -> None:
     rows = []
     with tempfile.TemporaryDirectory() as temporary:
         model = prepared(given.model, Path(temporary), given.tokens)
-        numbers = [str(n) for n in (given.share, given.decode, given.repeats, given.threads)]
-        numbers.append(given.clock)
-        peer: dict[str, Any] = {}
         for policy in POLICIES if given.only is None else (given.only,):
-            base = policy.removesuffix(", own split")
-            if base not in peer:
-                asked = [model, temporary, base, *numbers]
-                peer[base] = started(given.peer_python, "bench.kvpress_side", asked)
-            mine = started(
-                sys.executable, "bench.shrink_peers", ["side", model, temporary, policy, *numbers]
-            )
-            rows.append(row(policy, mine, peer[base]))
+            peer = (given.peer_python, "bench.kvpress_side", [model, temporary, base_of(policy)])
+            here = (sys.executable, "bench.shrink_peers", ["side", model, temporary, policy])
+            theirs, mine = measured([peer, here], given)
+            rows.append(row(policy, mine, theirs))
             print(" | ".join(rows[-1]), flush=True)
     print(
         f"\n{given.model}, {given.tokens} tokens, share {given.share}, {given.clock} time, "
