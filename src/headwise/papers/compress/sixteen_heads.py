@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from headwise.instruments import ablate_together, ablation
+from headwise.instruments.effect_ranks import rank_correlation
 from headwise.instruments.metrics import Metric, metric_of
 from headwise.models import Site, observe, recording, sites_of, touching, view
 from headwise.models.backbones import Decoder
@@ -196,10 +197,8 @@ def importance_goes_with_what_is_lost(score: Callable[..., Scores], seed: int) -
     exact = ablation(trained(seed), given, "loss")
     found = score(trained(seed), given)
     heads = zip(exact.heads["layer"], exact.heads["head"], strict=True)
-    pairs = np.array([[found[int(a), int(b)], e] for (a, b), e in zip(
-        heads, exact.heads["effect"], strict=True)])  # fmt: skip
-    ranks = pairs.argsort(0).argsort(0)
-    return at_least(float(np.asarray(np.corrcoef(ranks.T))[0, 1]), 0.5)
+    mine = np.array([found[int(a), int(b)] for a, b in heads])
+    return at_least(rank_correlation(mine, np.array(exact.heads["effect"])), 0.5)
 
 
 def _loss_without(model: nn.Module, given: Inputs, heads: list[Head]) -> float:

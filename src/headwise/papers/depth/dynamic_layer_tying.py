@@ -117,14 +117,8 @@ def train_tied(
             reward = -_loss(model, task, step)
             _learn(agent, learner, walked, roots, float(reward.detach()))
             tied.layers.append(len(set(roots)))
-        for group in adam.param_groups:
-            group["lr"] = rate * min(1.0, (step + 1) / 20, 2 * (steps - step) / steps)
-        loss = _loss(model, task, step)
-        adam.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(list(model.parameters()), 1.0)
-        adam.step()
-        tied.losses.append(float(loss.detach()))
+        pace = rate * min(1.0, (step + 1) / 20, 2 * (steps - step) / steps)
+        tied.losses.append(_descend(model, task, step, adam, pace))
     tied.roots = tied_to(model)
     model.eval()
     return tied
@@ -153,6 +147,20 @@ def _learn(
         learner.step()
 
 
+def _descend(
+    model: nn.Module, task: Any, step: int, adam: torch.optim.Optimizer, pace: float
+) -> float:
+    """One step of training; the loss before it."""
+    for group in adam.param_groups:
+        group["lr"] = pace
+    loss = _loss(model, task, step)
+    adam.zero_grad()
+    loss.backward()
+    nn.utils.clip_grad_norm_(list(model.parameters()), 1.0)
+    adam.step()
+    return float(loss.detach())
+
+
 def _loss(model: nn.Module, task: Any, step: int) -> Tensor:
     batch = task.batch(step, 12)
     loss: Tensor = task.loss(model(**batch.inputs), batch)
@@ -169,14 +177,8 @@ def train_untied(model: nn.Module, task: Any, steps: int = 200, **more: Any) -> 
     tied = Tied(model)
     adam, rate = _adam(model, 3e-3), 3e-3
     for step in range(steps):
-        for group in adam.param_groups:
-            group["lr"] = rate * min(1.0, (step + 1) / 20, 2 * (steps - step) / steps)
-        loss = _loss(model, task, step)
-        adam.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(list(model.parameters()), 1.0)
-        adam.step()
-        tied.losses.append(float(loss.detach()))
+        pace = rate * min(1.0, (step + 1) / 20, 2 * (steps - step) / steps)
+        tied.losses.append(_descend(model, task, step, adam, pace))
     tied.roots = tied_to(model)
     model.eval()
     return tied
