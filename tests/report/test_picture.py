@@ -47,6 +47,15 @@ def test_labels_do_not_touch_and_stay_inside() -> None:
     assert places[-1] < 380
 
 
+def test_numbers_of_an_axis_stay_clear_of_its_name() -> None:
+    short, long = ([-0.01, -0.0025], [1.0, 2.0])
+    for ys in (short, long):
+        found = texts(Picture("t", "x", "y", lines={"a": ([1.0, 2.0], ys)}))
+        ends = [text for text in found if text.get("text-anchor") == "end"]
+        starts = [float(e.get("x", "")) - 7.2 * len(e.text or "") for e in ends]
+        assert min(starts) >= 20  # the name stands on end, from 5 to 17
+
+
 def test_what_is_not_finite_is_left_out() -> None:
     ys = [1.0, float("nan"), float("inf"), 2.0]
     text = svg(Picture("t", "x", "y", lines={"a": ([1, 2, 3, 4], ys)}))
@@ -107,12 +116,16 @@ def test_colours_stand_out_from_the_ground(colours: str) -> None:
         ([3.0], False, (1.5, 2, 2.5, 3, 3.5, 4, 4.5)),
         ([4.0, 2048.0], True, (1, 10, 100, 1000, 10000)),
         ([0.01, 0.02], True, (0.01, 0.02)),
+        ([0.005184, 0.008545], True, (0.006, 0.007, 0.008)),
+        ([-1e-12, 5.6], False, (0, 2, 4, 6)),
         ([5.0], True, (5.0,)),
+        ([3.0], True, (2, 4, 6)),
     ],
 )
 def test_axes(values: list[float], log: bool, ticks: tuple[float, ...]) -> None:
     made = axis(values, log)
-    assert made.low <= min(values) <= max(values) <= made.high
+    assert made.low <= min(values) + 1e-9
+    assert made.high >= max(values) - 1e-9
     if len(values) > 1:
         assert made.ticks == pytest.approx(ticks)
     assert all(-1e-9 <= made.at(tick) <= 1 + 1e-9 for tick in made.ticks)

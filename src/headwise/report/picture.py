@@ -61,12 +61,13 @@ def _lines(picture: Picture) -> tuple[str, float]:
     xs = axis([x for points in drawn.values() for x, _ in points], "x" in picture.log)
     ys = axis([y for points in drawn.values() for _, y in points], "y" in picture.log)
     right = 24 + 7 * min(LABEL, max(map(len, drawn)))
-    width, height = WIDTH - LEFT - right, HEIGHT - TOP - BOTTOM
+    left = max(LEFT, 30 + 7.2 * max(len(written(tick)) for tick in ys.ticks))
+    width, height = WIDTH - left - right, HEIGHT - TOP - BOTTOM
 
     def place(x: float, y: float) -> tuple[float, float]:
-        return LEFT + width * xs.at(x), TOP + height * (1 - ys.at(y))
+        return left + width * xs.at(x), TOP + height * (1 - ys.at(y))
 
-    parts = [_axes(picture, xs, ys, width, height)]
+    parts = [_axes(picture, xs, ys, left, width, height)]
     ends = []
     for number, (name, points) in enumerate(drawn.items()):
         if not points:
@@ -80,7 +81,7 @@ def _lines(picture: Picture) -> tuple[str, float]:
         every = max(1, len(places) // 12)
         parts += [_marker(number, x, y, colour) for x, y in places[::every]]
         ends.append((places[-1][1], name, colour, places[-1][0]))
-    parts += _labels(ends, LEFT + width + 10)
+    parts += _labels(ends, left + width + 10)
     return "".join(parts), HEIGHT
 
 
@@ -89,23 +90,23 @@ def _finite(xs: Sequence[float], ys: Sequence[float]) -> list[tuple[float, float
     return [(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)]
 
 
-def _axes(picture: Picture, xs: Axis, ys: Axis, width: float, height: float) -> str:
+def _axes(picture: Picture, xs: Axis, ys: Axis, left: float, width: float, height: float) -> str:
     parts = []
     for tick in ys.ticks:
         y = TOP + height * (1 - ys.at(tick))
-        parts.append(f'<path class="grid" d="M{LEFT} {y:.1f}h{width:g}"/>')
+        parts.append(f'<path class="grid" d="M{left:g} {y:.1f}h{width:g}"/>')
         parts.append(
-            f'<text x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{written(tick)}</text>'
+            f'<text x="{left - 8:g}" y="{y + 4:.1f}" text-anchor="end">{written(tick)}</text>'
         )
     for tick in xs.ticks:
-        x = LEFT + width * xs.at(tick)
+        x = left + width * xs.at(tick)
         parts.append(f'<path class="grid" d="M{x:.1f} {TOP + height:g}v5"/>')
         parts.append(
             f'<text x="{x:.1f}" y="{TOP + height + 20:g}" text-anchor="middle">'
             f"{written(tick)}</text>"
         )
     parts.append(
-        f'<text x="{LEFT + width / 2:g}" y="{HEIGHT - 10}" text-anchor="middle">'
+        f'<text x="{left + width / 2:g}" y="{HEIGHT - 10}" text-anchor="middle">'
         f"{escape(picture.x)}</text>"
     )
     middle = TOP + height / 2

@@ -35,7 +35,8 @@ def axis(values: list[float], log: bool, most: int = 6) -> Axis:
     if low == high:
         low, high = low - (abs(low) or 1.0) / 2, high + (abs(high) or 1.0) / 2
     step = _step((high - low) / (most - 1))
-    low, high = math.floor(low / step) * step, math.ceil(high / step) * step
+    # what only rounding has moved beyond a tick asks for no further one
+    low, high = math.floor(low / step + 1e-6) * step, math.ceil(high / step - 1e-6) * step
     count = round((high - low) / step)
     return Axis(low, high, False, tuple(low + step * i for i in range(count + 1)))
 
@@ -47,7 +48,8 @@ def _step(rough: float) -> float:
 
 
 def _powers(low: float, high: float, most: int) -> Axis:
-    """Powers of two where values double, else powers of ten, and 1, 2, 5 between few of them."""
+    """Powers of ten; with 1, 2, 5 times them where there are few, and even steps where there is
+    none."""
     bottom, top = math.floor(math.log10(low) + 1e-9), math.ceil(math.log10(high) - 1e-9)
     if top - bottom <= 2:
         found = [m * 10.0**e for e in range(bottom, top + 1) for m in (1, 2, 5)]
@@ -58,7 +60,10 @@ def _powers(low: float, high: float, most: int) -> Axis:
         low, high = min(low, inside[0]), max(high, inside[-1])
     if low == high:
         low, high = low / 2, high * 2
-    return Axis(low, high, True, tuple(inside) or (low, high))
+    if len(inside) < 2:
+        step = _step((high - low) / (most - 1))
+        inside = [step * i for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
+    return Axis(low, high, True, tuple(inside))
 
 
 def written(value: float) -> str:
