@@ -9,10 +9,18 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache
 
-from headwise.compress import cost, drop_layers, factorise, prune_channels, prune_heads
+from headwise.compress import (
+    cost,
+    drop_layers,
+    factorise,
+    prune_channels,
+    prune_heads,
+    threshold_activations,
+)
 from headwise.models import view
 from headwise.models.backbones import Decoder
 from headwise.parts import Attention, GroupedQuery
+from headwise.parts.feed.mlp import Mlp
 from tests.instruments import tiny
 from tests.models.families import DECODERS, FAMILIES, LENGTH, inputs
 
@@ -53,6 +61,25 @@ def test_so_they_are_of_a_smaller_model(name: str) -> None:
     after = cost(model, LENGTH, 2)
     assert after.flops == _counted(model, _batch(model)) < before.flops
     assert after.parameters == sum(p.numel() for p in model.parameters()) < before.parameters
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "bart"])
+def test_thin_matrices_count_as_what_they_are(name: str) -> None:
+    model = FAMILIES[name]("eager")
+    before = cost(model, LENGTH, 2).flops
+    factorise(model, rank=3, weighting="none")
+    after = cost(model, LENGTH, 2).flops
+    assert after == _counted(model, _batch(model)) < before
+
+
+def test_thin_matrices_and_thresholds_count_in_our_own_models_too() -> None:
+    model = Decoder(30, 24, 2, lambda layer: Attention(24, 4, causal=True), lambda layer: Mlp(24))
+    before = cost(model, 9).flops
+    threshold_activations(model, {"input_ids": tiny.ids(9) % 30}, layers=[0])
+    assert cost(model, 9).flops == before  # counted as if nothing were skipped
+    factorise(model, rank=3, weighting="none", which="attention")
+    saved = 2 * 24 * 24 - 2 * 3 * (24 + 24)
+    assert cost(model, 9).flops == before - 9 * 2 * 4 * saved
 
 
 def test_experts_count_as_far_as_they_run() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from headwise.compress.structure.low_rank import LowRank
 from headwise.compress.structure.nothing import NoAttention
 from headwise.compress.structure.recalled import Recalled, RecalledFused
 from headwise.instruments.examples import model_view
@@ -136,7 +137,7 @@ def _layer(look: ModelView, layer: LayerView, lengths: dict[str, int]) -> int:
         total += _map(a, n, keys)
         if a.kind == "cross" and not isinstance(a.projections, str):
             for part in (a.projections.key, a.projections.value):
-                rows[id(part.module)] = keys
+                rows |= {id(one): keys for one in part.module.modules()}
     for module in layer.module.modules():
         size = _products(module)
         total += size * rows.get(id(module), n)
@@ -154,8 +155,8 @@ def _map(a: AttentionView, n_q: int, n_k: int) -> int:
 
 def _products(module: nn.Module) -> int:
     """FLOPs of a linear map for one row."""
-    if isinstance(module, Recalled | RecalledFused):
-        return 0  # its weight is another layer's; what is its own stands inside
+    if isinstance(module, LowRank | Recalled | RecalledFused):
+        return 0  # its weight is a product, or another layer's; what is its own stands inside
     for wide, high in (("in_features", "out_features"), ("nx", "nf")):
         size = getattr(module, wide, None), getattr(module, high, None)
         if all(isinstance(s, int) for s in size):
@@ -188,11 +189,19 @@ def _own(stack: Stack, layer: LayerView, lengths: dict[str, int]) -> int:
         if len(modules):
             mixer = modules[block]
             assert isinstance(mixer, Mixer)
-            total += mixer.flops(n)
+            total += mixer.flops(n) - n * _saved(mixer)
     feed = stack.feeds[block]
     if isinstance(feed, Feed):
-        total += feed.flops(n)
-    return total
+        return total + feed.flops(n) - n * _saved(feed)
+    return total + n * sum(_products(part) for part in feed.modules())
+
+
+def _saved(part: nn.Module) -> int:
+    """What two thin matrices save of the whole ones, for one row: our parts count whole ones."""
+    thin = [one for one in part.modules() if isinstance(one, LowRank)]
+    return sum(2 * one.in_features * one.out_features for one in thin) - sum(
+        2 * one.rank * (one.in_features + one.out_features) for one in thin
+    )
 
 
 def _convolution(look: ModelView, name: str, module: Any, lengths: dict[str, int]) -> int:
