@@ -60,7 +60,7 @@ def _lines(picture: Picture) -> tuple[str, float]:
     drawn = {name: _finite(*both) for name, both in picture.lines.items()}
     xs = axis([x for points in drawn.values() for x, _ in points], "x" in picture.log)
     ys = axis([y for points in drawn.values() for _, y in points], "y" in picture.log)
-    right = 24 + 7 * min(LABEL, max(map(len, drawn)))
+    right = 20 + 7.6 * min(LABEL, max(map(len, drawn)))
     left = max(LEFT, 30 + 7.2 * max(len(written(tick)) for tick in ys.ticks))
     width, height = WIDTH - left - right, HEIGHT - TOP - BOTTOM
 
