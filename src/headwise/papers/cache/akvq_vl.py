@@ -230,12 +230,15 @@ def error_by_exact_tokens() -> Picture:
     queries, keys, values, _ = planted(0)
     counts = [0, 1, 2, 4, 8]
     lines = {}
-    for name, worth in (("most attended", by_attention), ("drawn", by_chance)):
+    for name, worth in (("most attended (AKVQ-VL)", by_attention), ("drawn (control)", by_chance)):
         mass = worth(queries, keys, 1)
         lines[name] = (
             counts,
             [error(Akvq(keys, values, mass, pivots=n), queries, keys, values) for n in counts],
         )
     return Picture(
-        title="2 bits and exact tokens", x="exact of 64 tokens", y="relative error", lines=lines
+        title="A cache of 2 bits in which some tokens stay exact: error by which these are",
+        x="exact tokens of every 64",
+        y="relative error of the heads' outputs",
+        lines=lines,
     )
