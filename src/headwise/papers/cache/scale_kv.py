@@ -253,7 +253,11 @@ def error_by_room() -> Picture:
     total = sum(side * side for side in SIDES)
     shares = [0.05, 0.1, 0.2, 0.3, 0.5, 0.8]
     index = index_of(0)
-    made = {"by role": scale_budgets, "even": even_budgets, "reversed": reversed_budgets}
+    made = {
+        "by role (ScaleKV)": scale_budgets,
+        "even (control)": even_budgets,
+        "reversed (control)": reversed_budgets,
+    }
     lines = {
         name: (
             shares,
@@ -261,4 +265,9 @@ def error_by_room() -> Picture:
         )
         for name, give in made.items()
     }
-    return Picture(title="Error of the outputs", x="share of the cache", y="error", lines=lines)
+    return Picture(
+        title="What a smaller cache costs, by how its room is dealt to layers and scales",
+        x="share of the tokens kept",
+        y="relative squared error of outputs",
+        lines=lines,
+    )
