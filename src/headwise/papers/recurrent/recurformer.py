@@ -199,8 +199,8 @@ def where_heads_look() -> Picture:
     ratios = recency_ratio(trained(0), examples(), WINDOW)
     heads = list(range(HEADS))
     return Picture(
-        title="Attention on the newest four tokens, first token not counted",
+        title="Share of attention on the newest four tokens, the first token not counted",
         x="head",
-        y="recency ratio",
+        y="recency ratio, share of a row",
         lines={f"layer {n + 1}": (heads, row.tolist()) for n, row in enumerate(ratios)},
     )
