@@ -205,4 +205,9 @@ def error_by_clusters() -> Picture:
     for layer, table in enumerate(map_correlations(planted(0), words(0))):
         errors = [clustering_error(table, cluster(table, k)) for k in range(1, HEADS + 1)]
         lines[f"layer {layer}: elbow at {elbow(errors)}"] = (list(range(1, HEADS + 1)), errors)
-    return Picture(title="Heads in pairs", x="clusters", y="sum of 1 - correlation", lines=lines)
+    return Picture(
+        title="Error of clustering eight heads, planted in four pairs",
+        x="clusters in a layer",
+        y="sum of 1 - correlation over heads",
+        lines=lines,
+    )
