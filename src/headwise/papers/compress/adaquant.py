@@ -222,6 +222,12 @@ def enough_bits_change_nothing(make: Layer, seed: int) -> Measured:
 def error_by_rows() -> Picture:
     """Error on other rows by the number of calibration rows."""
     counts = [16, 32, 64, 128, 256, 512]
-    kinds: dict[str, Layer] = {"learned": adaquant, "nearest": nearest}
+    kinds: dict[str, Layer] = {"learned (AdaQuant)": adaquant, "nearest (control)": nearest}
     lines = {name: (counts, [held_out(kind, 0, n) for n in counts]) for name, kind in kinds.items()}
-    return Picture(title="4 bits", x="calibration rows", y="relative error", lines=lines, log="xy")
+    return Picture(
+        title="4-bit weights: error on rows that were not calibrated on",
+        x="calibration rows",
+        y="relative squared error of outputs",
+        lines=lines,
+        log="x",
+    )
