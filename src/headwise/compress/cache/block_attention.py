@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from headwise.compress.cache.block import Block
-from headwise.compress.cache.store import Plain
+from headwise.compress.cache.store import Exact, Piece, Plain
 from headwise.maps import Causal, KeyMask, attend
 
 MANY = 32
@@ -107,7 +107,7 @@ def _small(query: Query, block: Block, newest: bool) -> Tensor:
     if isinstance(block.store, Plain) and query.softcap is None and query.sinks is None:
         keys, values = block.store.whole()
         if query.queries.dtype in (torch.float32, torch.float64):
-            return _products(query, keys, values, allowed)
+            return _products(query, Exact(keys, values), allowed)
         mask = None if allowed is None else allowed[:, None]
         shape = (-1, query.queries.shape[1], -1, -1)
         return F.scaled_dot_product_attention(
@@ -118,7 +118,8 @@ def _small(query: Query, block: Block, newest: bool) -> Tensor:
             scale=query.scale,
         )
     turned = replace(query, queries=block.store.turned(query.queries))
-    return block.store.turned_back(_by_tiles(turned, block.store.tiles(), allowed))
+    pieces = block.store.pieces(query.count * query.queries.shape[1])
+    return block.store.turned_back(_by_pieces(turned, pieces, allowed))
 
 
 def _allowed(query: Query, block: Block, newest: bool) -> Tensor | None:
@@ -135,53 +136,49 @@ def _allowed(query: Query, block: Block, newest: bool) -> Tensor | None:
     return allowed.expand(-1, m, n)
 
 
-def _scores(query: Query, keys: Tensor, allowed: Tensor | None) -> Tensor:
-    """`(R, g * m, n)`. Keys times queries, not queries times keys: a product of a tall matrix by
-    a few columns is the quicker one."""
-    rows, g, m, d = query.queries.shape
-    q = query.queries.reshape(rows, g * m, d) * query.scale
-    scores = torch.bmm(keys, q.transpose(1, 2)).transpose(1, 2)
+def _shaped(scores: Tensor, query: Query, allowed: Tensor | None) -> Tensor:
+    """Soft-capped where that is wanted; minus infinity where a query does not look."""
     if query.softcap is not None:
         scores = query.softcap * torch.tanh(scores / query.softcap)
     if allowed is not None:
+        g = query.queries.shape[1]
         hidden = ~allowed if g == 1 else ~allowed.repeat(1, g, 1)
         scores = scores.masked_fill(hidden, -math.inf)
     return scores
 
 
-def _products(query: Query, keys: Tensor, values: Tensor, allowed: Tensor | None) -> Tensor:
-    rows, g, m, _ = query.queries.shape
-    weights = _scores(query, keys, allowed).softmax(-1)
+def _products(query: Query, piece: Piece, allowed: Tensor | None) -> Tensor:
+    rows, g, m, d = query.queries.shape
+    scores = piece.scores(query.queries.reshape(rows, g * m, d) * query.scale)
+    weights = _shaped(scores, query, allowed).softmax(-1)
     if allowed is not None:
         weights = weights.nan_to_num_(0.0)  # a query that sees nothing: padding
-    return torch.bmm(weights, values).view(rows, g, m, -1)
+    return piece.summed(weights).view(rows, g, m, -1)
 
 
-def _by_tiles(
-    query: Query, tiles: Iterator[tuple[Tensor, Tensor]], allowed: Tensor | None
-) -> Tensor:
-    """Softmax over all tiles, from what each gives alone: the log-sum-exps say how to weigh."""
-    rows, g, m, _ = query.queries.shape
+def _by_pieces(query: Query, pieces: Iterator[Piece], allowed: Tensor | None) -> Tensor:
+    """Softmax over all pieces, from what each gives alone: the log-sum-exps say how to weigh."""
+    rows, g, m, d = query.queries.shape
     kind = query.queries.dtype
     wide = kind if kind in (torch.float32, torch.float64) else torch.float32
-    query = Query(query.queries.to(wide), query.positions, query.scale, query.softcap, query.sinks)
-    peak = torch.full((rows, g * m, 1), -math.inf, dtype=wide, device=query.queries.device)
+    asked = query.queries.to(wide).reshape(rows, g * m, d) * query.scale
+    peak = torch.full((rows, g * m, 1), -math.inf, dtype=wide, device=asked.device)
     if query.sinks is not None:
         peak = query.sinks.to(wide).repeat_interleave(m, 1)[..., None]
     total = torch.ones_like(peak) if query.sinks is not None else torch.zeros_like(peak)
     out: Tensor | None = None
     start = 0
-    for keys, values in tiles:
-        stop = start + keys.shape[1]
+    for piece in pieces:
+        stop = start + len(piece)
         here = None if allowed is None else allowed[:, :, start:stop]
-        scores = _scores(query, keys.to(wide), here)
+        scores = _shaped(piece.scores(asked), query, here)
         higher = torch.maximum(peak, scores.amax(-1, keepdim=True))
         floor = torch.where(higher == -math.inf, 0.0, higher)  # nothing seen so far
         weights, before = (scores - floor).exp_(), (peak - floor).exp()
         total = total * before + weights.sum(-1, keepdim=True)
-        summed = torch.bmm(weights, values.to(wide))
+        summed = piece.summed(weights)
         out = summed if out is None else out * before + summed
         peak, start = higher, stop
-    assert out is not None, "a store of no tiles"
+    assert out is not None, "a store of no pieces"
     out = out / torch.where(total == 0, 1.0, total)
     return out.view(rows, g, m, -1).to(kind)

@@ -19,12 +19,16 @@ from torch import Tensor
 from headwise.compress.cache.buffer import Buffer
 from headwise.compress.cache.coded import ByChannel, ByToken, Code
 from headwise.compress.cache.hadamard import rotate
+from headwise.compress.cache.in_codes import InCodes
 from headwise.compress.cache.outliers import Outliers, distances, largest_of_groups
 from headwise.compress.cache.packing import BITS, SCALES
-from headwise.compress.cache.store import Store
+from headwise.compress.cache.store import Exact, Piece, Store
 
-TILE = 2**20
+TILE = 2**19
 """How many numbers are unpacked at once, at most, unless one group is more."""
+
+FEW = 4
+"""Up to so many queries of a row codes are multiplied as they are; more are worth unpacking."""
 
 
 @dataclass(frozen=True)
@@ -238,16 +242,30 @@ class Quantised(Store):
         return rotate(out) if self.coding.rotated else out
 
     def tiles(self) -> Iterator[tuple[Tensor, Tensor]]:
-        rows, _, width = self._newest[0].held.shape
-        group = self.coding.group
-        size = max(1, TILE // max(1, rows * width) // group) * group
-        for start in range(0, self.coded, size):
-            stop = min(start + size, self.coded)
+        for start, stop in self._cuts():
             keys, values = self._keys.piece(start, stop), self._values.piece(start, stop)
             self._outliers.put(start, stop, keys, values)
             yield keys, values
         if self._newest[0].length:
             yield self._newest[0].content, self._newest[1].content
+
+    def pieces(self, count: int) -> Iterator[Piece]:
+        """In codes for a few queries, unless some of them are held in full precision as well."""
+        if count > FEW or self._outliers.at.length:
+            yield from super().pieces(count)
+            return
+        for start, stop in self._cuts():
+            yield InCodes(self._keys, self._values, start, stop)
+        if self._newest[0].length:
+            yield Exact(self._newest[0].content, self._newest[1].content)
+
+    def _cuts(self) -> Iterator[tuple[int, int]]:
+        """Where tiles start and stop."""
+        rows, _, width = self._newest[0].held.shape
+        group = self.coding.group
+        size = max(1, TILE // max(1, rows * width) // group) * group
+        for start in range(0, self.coded, size):
+            yield start, min(start + size, self.coded)
 
     def whole(self) -> tuple[Tensor, Tensor]:
         pieces = list(self.tiles()) or [(self._newest[0].content, self._newest[1].content)]

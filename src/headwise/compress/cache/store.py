@@ -4,10 +4,47 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from headwise.compress.cache.buffer import Buffer
+
+
+class Piece(ABC):
+    """t neighbouring entries of R rows, as they are attended to."""
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """t."""
+
+    @abstractmethod
+    def scores(self, queries: Tensor) -> Tensor:
+        """`(R, c, t)`: products of queries `(R, c, d)` with the keys, in the queries' type."""
+
+    @abstractmethod
+    def summed(self, weights: Tensor) -> Tensor:
+        """`(R, c, d_v)`: the values, each times its weight `(R, c, t)`."""
+
+
+@dataclass(frozen=True)
+class Exact(Piece):
+    """Keys `(R, t, d)` and values `(R, t, d_v)`."""
+
+    keys: Tensor
+    values: Tensor
+
+    def __len__(self) -> int:
+        return self.keys.shape[1]
+
+    def scores(self, queries: Tensor) -> Tensor:
+        """Keys times queries, not queries times keys: a product of a tall matrix by a few columns
+        is the quicker one."""
+        return torch.bmm(self.keys.to(queries.dtype), queries.transpose(1, 2)).transpose(1, 2)
+
+    def summed(self, weights: Tensor) -> Tensor:
+        return torch.bmm(weights, self.values.to(weights.dtype))
 
 
 class Store(ABC):
@@ -52,6 +89,11 @@ class Store(ABC):
         """Keys `(R, t, d)` and values `(R, t, d_v)` in pieces, in order, as they are to be
         attended: exact ones in one piece, packed ones in pieces small enough that never all of
         them lie unpacked."""
+
+    def pieces(self, count: int) -> Iterator[Piece]:
+        """The same, for `count` queries of every row, by whatever is quickest for so many."""
+        for keys, values in self.tiles():
+            yield Exact(keys, values)
 
     def settle(self, worth: Tensor | None = None) -> None:
         """Nothing of what came last will be let go now: pack what is to be packed. Called at the
