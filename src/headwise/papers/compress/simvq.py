@@ -195,11 +195,17 @@ def without_the_matrix_it_is_plain(kind: Quantiser, seed: int) -> Measured:
 def codes_in_use() -> Picture:
     """How many codes are in use as training goes on."""
     steps = [0, 50, 100, 200, 350, 500]
-    kinds: dict[str, Quantiser] = {"codes of their own": VectorQuantiser, "one matrix": SimVQ}
+    kinds: dict[str, Quantiser] = {
+        "codes alone (control)": VectorQuantiser,
+        "one matrix (SimVQ)": SimVQ,
+    }
     lines = {
         name: (steps, [100 * trained(kind, 0, n).used for n in steps])
         for name, kind in kinds.items()
     }
     return Picture(
-        title="A codebook of 1024 in training", x="steps", y="codes in use, %", lines=lines
+        title="A codebook of 1,024 in training: how many codes are in use",
+        x="training steps",
+        y="codes in use, %",
+        lines=lines,
     )
