@@ -20,6 +20,7 @@ from headwise.compress import (
     take,
 )
 from headwise.compress.structure.sharing import ShareLayers, tied_to
+from headwise.models import UnsupportedModelError
 from tests.instruments import tiny
 
 torch.set_num_threads(1)
@@ -28,8 +29,8 @@ IDS = tiny.ids(24, batch=4)
 INPUTS = {"input_ids": IDS}
 
 
-def _llama():
-    return tiny.llama(num_hidden_layers=4)
+def _llama(**more):
+    return tiny.llama(num_hidden_layers=4, **more)
 
 
 def _mixtral():
@@ -84,6 +85,22 @@ def test_shared_weights_are_saved_once_and_shared_again(tmp_path):
     assert sizes[0] - sizes[1] == pytest.approx(3 * one, rel=0.05)
     again = load(tmp_path / "of1")
     assert tied_to(again) == (0, 0, 0, 0)
+
+
+@pytest.mark.parametrize("parts", ["layer", "attention", "mlp"])
+def test_shared_weights_are_nothing_that_transformers_alone_could_load(parts, tmp_path):
+    model = _llama()
+    share_layers(model, [(1, 2)], parts=parts)
+    path = save(model, tmp_path / "small")
+    assert not (path / "model.safetensors").exists()
+    assert "are one parameter" in (path / "README.md").read_text()
+
+
+def test_nor_is_a_model_whose_config_ties_what_is_not_tied(tmp_path):
+    model = _llama(tie_word_embeddings=True)
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight * 2)
+    with pytest.raises(UnsupportedModelError, match="several parameters"):
+        save(model, tmp_path / "small")
 
 
 def test_factors_after_heads(tmp_path):

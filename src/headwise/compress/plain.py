@@ -93,7 +93,21 @@ def difference(made: nn.Module, model: nn.Module) -> str:
                 continue
             if one != other:
                 return f"{where}{key} is {one}, and an ordinary config makes it {other}"
+    mine_shared, their_shared = _shared(model), _shared(made)
+    for some in sorted(map(sorted, mine_shared ^ their_shared)):
+        one, many = "are one parameter", "several"
+        if frozenset(some) in their_shared:
+            one, many = "are several parameters", "one"
+        return f"{', '.join(some[:2])} {one}, and an ordinary config makes {many}"
     return ""
+
+
+def _shared(model: nn.Module) -> set[frozenset[str]]:
+    """The names of every parameter that has several."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return {frozenset(some) for some in names.values() if len(some) > 1}
 
 
 def _hooks(module: nn.Module) -> list[str]:

@@ -10,9 +10,15 @@ from torch import nn
 from headwise.compress.bits.rounding import rounded
 from headwise.compress.bits.sensitivities import sensitivity
 from headwise.compress.bits.weights import quantise
+from headwise.compress.structure.heads import prune_heads
+from headwise.compress.structure.low_rank import factorise
 from headwise.instruments.metrics import metric_of
-from headwise.models import view
+from headwise.models import UnsupportedModelError, view
+from headwise.models.backbones import Decoder
+from headwise.models.prefix import logits_of
 from headwise.models.projections import features_first
+from headwise.parts import Attention
+from headwise.parts.feed.mlp import Mlp
 from tests.instruments import tiny
 
 MODELS = {"llama": tiny.llama, "gpt2": tiny.gpt2}
@@ -21,7 +27,8 @@ MODELS = {"llama": tiny.llama, "gpt2": tiny.gpt2}
 def loss(model: nn.Module) -> float:
     ids = tiny.ids(20, batch=3)
     with torch.no_grad():
-        found = metric_of("loss").score(model(input_ids=ids).logits, {"input_ids": ids})
+        logits = logits_of(model(input_ids=ids))
+        found = metric_of("loss").score(logits, {"input_ids": ids})
     return float(found.double().mean())
 
 
@@ -80,6 +87,46 @@ def test_heads_against_whole_runs(name: str) -> None:
             row += 1
     with pytest.raises(ValueError, match="by='module'"):
         found.widths(1e9)
+
+
+def test_heads_of_unequal_groups_round_the_keys_and_values_that_they_read() -> None:
+    model = tiny.llama()
+    prune_heads(model, [(0, 1)])
+    found = sensitivity(model, given(), (2,), "head")
+    attention = model.model.layers[0].self_attn
+    for head, shared in ((0, 0), (1, 1)):
+        twin = copy.deepcopy(model)
+        theirs = twin.model.layers[0].self_attn
+        with torch.no_grad():
+            for name, at in (("q_proj", head), ("k_proj", shared), ("v_proj", shared)):
+                few = rounded(getattr(attention, name).weight, 2)
+                getattr(theirs, name).weight[8 * at : 8 * at + 8] = few[8 * at : 8 * at + 8]
+            few = rounded(attention.o_proj.weight, 2)
+            theirs.o_proj.weight[:, 8 * head : 8 * head + 8] = few[:, 8 * head : 8 * head + 8]
+        assert found.effects[head, 0] == pytest.approx(loss(twin) - loss(model), abs=2e-5)
+
+
+def test_heads_of_what_is_no_matrix_are_refused() -> None:
+    model = tiny.llama()
+    factorise(model, rank=4, weighting="none", which=["model.layers.0.self_attn.v_proj"])
+    with pytest.raises(UnsupportedModelError, match="LowRank"):
+        sensitivity(model, given(), (2,), "head")
+
+
+def test_layers_of_our_own_models_are_measured_and_quantised() -> None:
+    def feed(layer: int) -> Mlp:
+        return Mlp(24)
+
+    torch.manual_seed(0)
+    model = Decoder(60, 24, 2, lambda layer: Attention(24, 4, causal=True), feed)
+    found = sensitivity(model, given(), (8, 2))
+    assert len(found.names) == 2
+    bits = found.widths(float(found.bytes[0, 0] + found.bytes[1, 1]))
+    assert sorted(bits.values()) == [2] * 6 + [8] * 6
+    before = loss(model)
+    twin = copy.deepcopy(model)
+    quantise(twin, {name: 2 for name in bits if ".0." in name})
+    assert loss(twin) - before == pytest.approx(found.effects[0, 1], abs=2e-5)
 
 
 def test_the_model_is_left_as_it_was() -> None:

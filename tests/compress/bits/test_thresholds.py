@@ -171,6 +171,16 @@ def test_a_step_is_done_again(name: str) -> None:
     again.apply(MODELS[name]().to("meta"))
 
 
+@pytest.mark.parametrize("make", [tiny.gpt2, tiny.llama])
+def test_a_model_with_thresholds_can_be_copied(make: Any) -> None:
+    model = make()
+    threshold_activations(model, {"input_ids": tiny.ids(16)}, sparsity=0.5)
+    with torch.no_grad():
+        mine, theirs = (m(tiny.ids(9)).logits for m in (model, copy.deepcopy(model)))
+    assert torch.equal(mine, theirs)
+    assert not any(b.requires_grad for b in model.buffers())
+
+
 def test_what_cannot_be_is_refused() -> None:
     model = tiny.llama()
     for sparsity, by, layers, message in [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from headwise.compress.bits.allocation import allocate
 from headwise.compress.bits.rounding import check_group, rounded
 from headwise.compress.cache.packing import packed_size
-from headwise.compress.structure.matrices import matrices_of, shape_of
+from headwise.compress.structure.matrices import is_matrix, matrices_of, shape_of
 from headwise.instruments.atlas import Atlas
 from headwise.instruments.columns import Column
 from headwise.instruments.examples import model_view, read_examples
@@ -22,6 +22,7 @@ from headwise.instruments.head_rows import rows_of
 from headwise.instruments.metrics import metric_of
 from headwise.instruments.run import evaluating
 from headwise.models import ModelView
+from headwise.models.errors import UnsupportedModelError
 from headwise.models.prefix import Prefix
 from headwise.models.projections import Part, features_first
 from headwise.models.structure import AttentionView
@@ -51,6 +52,8 @@ class Sensitivity:
     unchanged: float
     better: str
     atlas: Atlas | None
+    inside: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """The matrices of a part, where no module of its name holds them (layers of our stacks)."""
 
     def widths(self, budget: float) -> dict[str, int]:
         """Name -> bits with the least loss that `budget` bytes allow, if losses add up (see
@@ -59,7 +62,11 @@ class Sensitivity:
             raise ValueError("heads share matrices, which have one width: measure by='module'")
         losses = -self.effects if self.better == "higher" else self.effects
         chosen = allocate(self.bytes, losses, budget)
-        return {name: self.bits[c] for name, c in zip(self.names, chosen, strict=True)}
+        return {
+            matrix: self.bits[c]
+            for name, c in zip(self.names, chosen, strict=True)
+            for matrix in self.inside.get(name, (name,))
+        }
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,6 +76,7 @@ class _Part:
     name: str
     start: int
     pieces: tuple[tuple[nn.Module, Cut], ...]
+    inside: tuple[str, ...] = ()
 
 
 def sensitivity(
@@ -143,6 +151,7 @@ def sensitivity(
         float(np.concatenate(before).mean()),
         measure.better,
         _atlas(view, parts, by, widths, effects, errors, measure.name, measure.unit),
+        {part.name: part.inside for part in parts if part.inside},
     )
 
 
@@ -171,12 +180,16 @@ def _modules(view: ModelView, whole_layers: bool) -> list[_Part]:
     matrices = matrices_of(view)
     taken: set[int] = set()
     for number, layer in enumerate(view.layers):
-        inside = {id(m) for m in layer.module.modules()}
+        apart = [layer.mlp] if layer.mlp is not None else []  # as our own stacks keep them
+        apart += [attention.module for attention in layer.attentions]
+        inside = {id(m) for root in (layer.module, *apart) for m in root.modules()}
         mine = {n: m for n, m in matrices.items() if id(m) in inside and id(m) not in taken}
         taken |= {id(m) for m in mine.values()}
         if whole_layers and mine:
             name = names[id(layer.module)]
-            found[name] = _Part(name, number, tuple((m, _all) for m in mine.values()))
+            held = all(matrix.startswith(f"{name}.") for matrix in mine)
+            pieces = tuple((m, _all) for m in mine.values())
+            found[name] = _Part(name, number, pieces, () if held else tuple(mine))
         elif not whole_layers:
             found |= {n: _Part(n, number, ((m, _all),)) for n, m in mine.items()}
     return list(found.values())
@@ -187,6 +200,7 @@ def _heads(view: ModelView) -> list[_Part]:
     numbers = {(layer.stack, layer.index): n for n, layer in enumerate(view.layers)}
     for attention in view.attentions:
         attention.query_weight(), attention.output_weight()  # raise where they are not known
+        _require_floats(attention)
         start = numbers[attention.stack, attention.layer]
         for head in range(attention.heads):
             pieces = _head_pieces(attention, head)
@@ -194,11 +208,22 @@ def _heads(view: ModelView) -> list[_Part]:
     return found
 
 
+def _require_floats(attention: AttentionView) -> None:
+    found = attention.projections
+    assert not isinstance(found, str)
+    for module in (found.query.module, found.key.module, found.value.module, found.output):
+        if module is not None and not is_matrix(module):
+            raise UnsupportedModelError(
+                f"{attention.name}: a {type(module).__name__} has no one matrix whose rows could "
+                "be rounded head by head: use by='module', or measure before it is changed"
+            )
+
+
 def _head_pieces(attention: AttentionView, head: int) -> tuple[tuple[nn.Module, Cut], ...]:
     found = attention.projections
     assert not isinstance(found, str)
     assert found.output is not None
-    shared = head // (attention.heads // attention.kv_heads)
+    shared = attention.key_value_of[head]
     parts = ((found.query, head), (found.key, shared), (found.value, shared))
     pieces = [(part.module, _rows(part, number)) for part, number in parts]
 
@@ -210,7 +235,7 @@ def _head_pieces(attention: AttentionView, head: int) -> tuple[tuple[nn.Module, 
 
 def _rows(part: Part, head: int) -> Cut:
     def cut(table: Tensor) -> Tensor:
-        return replace(part, module=_Held(table)).weight[head]
+        return replace(part, module=_Held(table), read=None).weight[head]
 
     return cut
 

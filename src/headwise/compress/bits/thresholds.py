@@ -147,6 +147,7 @@ class _Watched:
         assert isinstance(self.total, Tensor)
         return self.total / self.count
 
+    @torch.no_grad()
     def thresholds(self, sparsity: float) -> Tensor:
         values = torch.cat(self.sample).sort().values
         place = round(sparsity * len(values))
