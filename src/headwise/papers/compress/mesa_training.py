@@ -233,11 +233,17 @@ def turn_by_bits() -> Picture:
     with torch.enable_grad():
         model = trained(0, None, 40)
         _, want = gradients(model, 7, None)
-        for name, by_head in (("range of each head", True), ("one range", False)):
+        for name, by_head in (("a range a head (Mesa)", True), ("one range (control)", False)):
             turns = []
             for bits in widths:
                 _, got = gradients(model, 7, mesa(HEADS, bits=bits, by_head=by_head))
                 a, b = (torch.cat([g.flatten() for g in each]) for each in (got, want))
                 turns.append(float(1 - F.cosine_similarity(a, b, 0)))
             lines[name] = (widths, turns)
-    return Picture(title="Turned gradients", x="bits", y="1 - cosine", lines=lines)
+    return Picture(
+        title="How far gradients turn where activations are kept in few bits",
+        x="bits of a kept number",
+        y="1 - cosine with the exact gradient",
+        lines=lines,
+        log="y",
+    )
