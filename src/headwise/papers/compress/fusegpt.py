@@ -182,6 +182,14 @@ def influences() -> Picture:
     """Macro influence and block influence of the embedded model's blocks."""
     model, given = embedded_model(), text(0)
     layers = list(range(len(view(model).layers)))
-    shown = {"macro influence": macro_influence, "block influence": block_influence}
+    shown = {
+        "macro influence (FuseGPT)": macro_influence,
+        "block influence (control)": block_influence,
+    }
     lines = {name: (layers, one(model, given).tolist()) for name, one in shown.items()}
-    return Picture(title="Which block may go", x="block", y="1 - cosine", lines=lines)
+    return Picture(
+        title="Which block of the embedded model may go: influence of each",
+        x="block",
+        y="influence, 1 - cosine",
+        lines=lines,
+    )
