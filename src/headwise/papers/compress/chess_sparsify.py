@@ -262,7 +262,10 @@ def loss_by_sparsity() -> Picture:
     plain, given = default_model(), text(0, 8, True)
     shares = [0.3, 0.5, 0.7, 0.8, 0.9]
     lines = {}
-    for name, method in (("own thresholds", by_channel), ("one a layer", by_tensor)):
+    for name, method in (
+        ("channel by channel (CHESS)", by_channel),
+        ("one a layer (control)", by_tensor),
+    ):
         rises = []
         for share in shares:
             model = copy.deepcopy(plain)
@@ -270,5 +273,8 @@ def loss_by_sparsity() -> Picture:
             rises.append(loss(model, given) - loss(plain, given))
         lines[name] = (shares, rises)
     return Picture(
-        title="Skipped neurons", x="share skipped", y="rise of the loss, nats", lines=lines
+        title="What it costs to skip neurons, by how their thresholds are set",
+        x="share of neurons skipped",
+        y="rise of the loss, nats",
+        lines=lines,
     )
