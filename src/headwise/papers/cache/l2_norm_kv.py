@@ -236,6 +236,11 @@ def accuracy_by_share() -> Picture:
     shares = [0.02, 0.05, 0.1, 0.2, 0.5, 0.8, 1.0]
     lines = {
         name: (shares, [accuracy(model, make(model, share, 0), 0) for share in shares])
-        for name, make in (("shortest keys", norm_cache), ("longest keys", longest))
+        for name, make in (("shortest keys stay", norm_cache), ("longest stay (control)", longest))
     }
-    return Picture(title="Passkeys found", x="share of keys kept", y="accuracy", lines=lines)
+    return Picture(
+        title="Passkeys found, by which keys stay in the cache",
+        x="share of the tokens kept",
+        y="share of passkeys found",
+        lines=lines,
+    )
