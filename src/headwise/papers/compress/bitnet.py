@@ -195,7 +195,7 @@ def a_bit_a_weight(make: Callable[[int], nn.Module], seed: int) -> Measured:
 def loss_by_training() -> Picture:
     """The loss as training goes on, of floats and of signs."""
     lines = {}
-    for name, signs in (("floats", False), ("signs", True)):
+    for name, signs in (("floats (control)", False), ("signs (BitNet)", True)):
         model: nn.Module = bitnet(recaller(0)) if signs else recaller(0)
         losses: list[float] = []
 
@@ -204,4 +204,9 @@ def loss_by_training() -> Picture:
 
         fit(model, TASK, steps=120, size=32, rate=5e-3, seed=0, each=note)
         lines[name] = (list(range(len(losses))), losses)
-    return Picture(title="Training with signs", x="steps", y="loss, nats", lines=lines)
+    return Picture(
+        title="Learning to recall, with weights that are floats and with signs",
+        x="training steps",
+        y="loss of a batch, nats",
+        lines=lines,
+    )
