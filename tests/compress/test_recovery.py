@@ -181,3 +181,31 @@ def test_words_that_do_not_fit():
         compensate(model, model, {"input_ids": tiny.ids(9)}, target="logits")
     with pytest.raises(ValueError, match="parts"):
         compensate(model, model, {"input_ids": tiny.ids(9)}, parts=("heads",))
+
+
+@pytest.mark.parametrize("dropped", [(), (2,)])
+def test_passes_that_go_on_where_the_last_was_give_what_whole_ones_give(
+    small, monkeypatch, dropped
+):
+    """Also where layers are missing, and a layer's attention."""
+    from headwise.compress.structure import recovery
+    from headwise.compress.structure.layers import drop_layers
+
+    model, given, _ = small
+    found, ran = [], []
+    for reuse in (True, False):
+        if not reuse:
+            monkeypatch.setattr(recovery, "can_go_on", lambda look, batch: False)
+        cut, calls = copy.deepcopy(model), []
+        drop_layers(cut, [0], parts="attention")
+        if dropped:
+            drop_layers(cut, list(dropped))
+        first = cut.get_submodule("model.layers.0.mlp")
+        first.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        layers = [n for n in range(model.config.num_hidden_layers) if n not in dropped]
+        done = compensate(cut, model, given, layers=layers)
+        assert any(fit.ridge is not None for fit in done.fits.values())
+        found.append(dict(cut.named_parameters()))
+        ran.append(len(calls))
+    assert all(torch.allclose(p, found[1][name], atol=1e-4) for name, p in found[0].items())
+    assert ran[0] < ran[1] / 2  # the first layer ran a few times, not once for each of the others

@@ -16,11 +16,13 @@ from headwise.compress.structure.least_squares import Fit, Problem
 from headwise.compress.structure.low_rank import LowRank
 from headwise.compress.structure.matrices import bias_of, is_matrix
 from headwise.compress.structure.moments import body_of, run, stopping, tokens_of
+from headwise.compress.structure.walking import Walk, can_go_on, first_of
 from headwise.instruments.examples import Examples, model_view, read_examples
 from headwise.instruments.metrics import metric_of
 from headwise.instruments.run import evaluating
 from headwise.models import LayerView, ModelView, Site, UnsupportedModelError, recording
 from headwise.models.prefix import logits_of
+from headwise.models.projections import features_first
 from headwise.models.spots import down_projection
 
 TARGETS = ("residual", "output")
@@ -67,7 +69,8 @@ def compensate(
     original's layers each of the model's was, needed where layers are missing. test: what the
     price is measured on, by default the inputs. reading: as in `read_examples`.
 
-    Runs both models twice a layer over the inputs; keeps second moments of one matrix. Raises
+    Runs every layer of both models a few times over the inputs; keeps second moments of one matrix,
+    and of each batch what one layer of either gave. Raises
     ValueError for layers that do not match, UnsupportedModelError for models in which attention
     and MLP do not add up to the residual (post-norm: target="output").
     """
@@ -89,8 +92,12 @@ def compensate(
             if bare:
                 take(small.model, AddBias(tuple(dict.fromkeys(bare))))
         fits: dict[str, Fit] = {}
+        mine, theirs = (
+            [Walk(look, batch, reuse) for batch in batches]
+            for look, reuse in ((v, can_go_on(v, batches[0])) for v in (small, whole))
+        )
         for place, part, name in jobs:
-            problem = _gathered(small, whole, place, part, name, target, batches)
+            problem = _gathered(mine, theirs, place, part, name, target)
             fits[name] = problem.solve(_last(small.model, name), ridge)
         after = _divergence(small.model, whole.model, tests)
     return Recovery(before, after, fits, tuple(skipped))
@@ -141,7 +148,7 @@ def _jobs(
             )
         for part in (part for part in PARTS if part in parts):
             matrix = _end_of(layer, part)
-            if matrix is None:
+            if matrix is None or not features_first(matrix).numel():  # its part is gone
                 skipped.append(f"layer {layer.index} {part}")
             else:
                 jobs.append((place, part, names[id(matrix)]))
@@ -169,19 +176,16 @@ def _last(model: nn.Module, name: str) -> nn.Module:
 
 
 def _gathered(
-    small: ModelView,
-    whole: ModelView,
-    place: _Place,
-    part: str,
-    name: str,
-    target: str,
-    batches: list[Examples],
+    mine: list[Walk], theirs: list[Walk], place: _Place, part: str, name: str, target: str
 ) -> Problem:
     """Moments of what a part's last matrix reads, and of what it should give."""
     problem = Problem()
-    matrix = _last(small.model, name)
-    for batch in batches:
-        wanted = _wanted(whole, place, part, target, batch)
+    for walk, whole in zip(mine, theirs, strict=True):
+        small, batch = walk.view, walk.batch
+        matrix = _last(small.model, name)
+        walk.to(small.layers.index(place.layer))
+        whole.to(whole.view.layers.index(place.was))
+        wanted = _wanted(whole, place, part, target)
         stack = place.layer.stack if len(small.stacks) > 1 else None
         sites = [Site("residual", place.layer.index, stack)] if target == "residual" else []
         if sites and part == "mlp" and place.layer.attentions:
@@ -189,6 +193,7 @@ def _gathered(
         read: list[Tensor] = []
         body = body_of(small.model, [matrix])
         with ExitStack() as hooks:
+            hooks.enter_context(walk.remembering())
             kept = hooks.enter_context(recording(small, sites))
             handle = matrix.register_forward_pre_hook(_keeping(read))
             hooks.callback(handle.remove)
@@ -207,8 +212,9 @@ def _keeping(read: list[Tensor]) -> Any:
     return keep
 
 
-def _wanted(whole: ModelView, place: _Place, part: str, target: str, batch: Examples) -> Tensor:
+def _wanted(walk: Walk, place: _Place, part: str, target: str) -> Tensor:
     """`(batch, n, width)`: what the original had there."""
+    whole = walk.view
     stack = place.was.stack if len(whole.stacks) > 1 else None
     here = place.was.index
     if target == "output":
@@ -219,23 +225,26 @@ def _wanted(whole: ModelView, place: _Place, part: str, target: str, batch: Exam
         sites = [Site("residual", place.until + 1, stack)]
     layers = [layer for layer in whole.layers if layer.stack == place.was.stack]
     last = layers[min(max(s.layer for s in sites), len(layers) - 1)].module
-    with recording(whole, sites) as kept, stopping(last):
-        run(body_of(whole.model, [layer.module for layer in layers]), batch)
+    with walk.remembering(), recording(whole, sites) as kept, stopping(last):
+        run(body_of(whole.model, [layer.module for layer in layers]), walk.batch)
     return sum((kept[site] for site in sites[1:]), kept[sites[0]])
 
 
 def _require_sums(whole: ModelView, batch: Examples) -> None:
+    """Tried on one example."""
+    sums: list[tuple[LayerView, list[Site], list[Site]]] = []
     for layer in whole.layers:
         stack = layer.stack if len(whole.stacks) > 1 else None
         kinds = [*(["attention"] if layer.attentions else []), *(["mlp"] if layer.mlp_ends else [])]
         ends = [Site("residual", layer.index + n, stack) for n in (0, 1)]
-        sites = [Site(kind, layer.index, stack) for kind in kinds]
-        with recording(whole, [*ends, *sites]) as kept:
-            run(body_of(whole.model, [one.module for one in whole.layers]), batch)
-        rest = (
-            kept[ends[1]] - kept[ends[0]] - sum(kept[site].view_as(kept[ends[0]]) for site in sites)
-        )
-        if float(rest.norm()) > 1e-3 * float(kept[ends[1]].norm()):
+        sums.append((layer, ends, [Site(kind, layer.index, stack) for kind in kinds]))
+    asked = dict.fromkeys(site for _, ends, sites in sums for site in (*ends, *sites))
+    with recording(whole, asked) as kept:
+        run(body_of(whole.model, [one.module for one in whole.layers]), first_of(batch))
+    for layer, ends, sites in sums:
+        before, after = (kept[site] for site in ends)
+        rest = after - before - sum(kept[site].view_as(before) for site in sites)
+        if float(rest.norm()) > 1e-3 * float(after.norm()):
             raise UnsupportedModelError(
                 f"layer {layer.index} of {type(whole.model).__name__}: attention and MLP do not "
                 "add up to what it gives (post-norm?): use target='output'"
