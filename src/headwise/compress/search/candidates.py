@@ -7,10 +7,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from headwise.compress.structure.costs import row_flops
+from headwise.compress.structure.feeds import feed_forward
 from headwise.models import AttentionView, LayerView, ModelView, Site, UnsupportedModelError
 from headwise.models.projections import features_first
 from headwise.models.sites import Write
-from headwise.models.spots import down_projection
 
 KINDS = ("heads", "channels", "attention", "mlp", "layers")
 SLICE = 16
@@ -33,6 +34,8 @@ class Candidate:
     which: tuple[int, ...]
     parameters: int
     work: float
+    parts: tuple[str, ...] = ("attention", "mlp")
+    """Of a layer: those that it has, which all go with it."""
 
     def __str__(self) -> str:
         where = f"L{self.layer}"
@@ -48,7 +51,7 @@ class Candidate:
         if self.kind in ("heads", "channels"):
             site = Site("heads" if self.kind == "heads" else "neurons", self.layer)
             return {site: lambda there: without(there, self.which)}
-        kinds = ("attention", "mlp") if self.kind == "layers" else (self.kind,)
+        kinds = self.parts if self.kind == "layers" else (self.kind,)
         return {Site(kind, self.layer): lambda there: there * 0 for kind in kinds}
 
 
@@ -76,7 +79,7 @@ def candidates(
     _check(view, kinds)
     parts = _parts(view, tokens)
     attentions = sum(bool(part.groups) for part in parts)
-    feeds = sum(part.channels > 0 for part in parts)
+    feeds = sum(part.feeds for part in parts)
     found: list[Candidate] = []
     for part in parts:
         if "heads" in kinds and len(part.groups) > 1:
@@ -86,32 +89,47 @@ def candidates(
         scores = (channel_scores or {}).get(part.layer)
         if "channels" in kinds and scores is not None:
             found += _slices(part, scores)
-        if "mlp" in kinds and part.channels and feeds > 1:
+        if "mlp" in kinds and part.feeds and feeds > 1:
             found.append(Candidate("mlp", part.layer, (), *part.feed))
-        last = (attentions == 1 and part.groups) or (feeds == 1 and part.channels)
-        if "layers" in kinds and len(parts) > 1 and not last:
+        last = (attentions == 1 and part.groups) or (feeds == 1 and part.feeds)
+        has = (*(("attention",) if part.groups else ()), *(("mlp",) if part.feeds else ()))
+        if "layers" in kinds and len(parts) > 1 and has and not last:
             both = [a + b for a, b in zip(part.attention, part.feed, strict=True)]
-            found.append(Candidate("layers", part.layer, (), int(both[0]), both[1]))
+            found.append(Candidate("layers", part.layer, (), int(both[0]), both[1], has))
     return found
 
 
 def removable(view: ModelView, kinds: Sequence[str], tokens: int) -> tuple[int, float]:
     """(parameters, multiplications a token) that can go at most, all rounds together."""
     _check(view, kinds)
-    gone, stays = [0.0, 0.0], []
-    for part in _parts(view, tokens):
-        sides = (("attention", "heads", part.attention, max(1, len(part.groups))),
-                 ("mlp", "channels", part.feed, SLICE))  # fmt: skip
-        kept = [0.0, 0.0]
-        for whole, sliced, cost, pieces in sides:
-            left = 1 / pieces if sliced in kinds else 1.0
-            for unit in range(2):
-                kept[unit] += cost[unit] * left
-                gone[unit] += cost[unit] * (1.0 if {whole, "layers"} & set(kinds) else 1 - left)
-        stays.append(kept)
-    if {"attention", "mlp", "layers"} & set(kinds) and stays:
-        gone = [total - min(kept[unit] for kept in stays) for unit, total in enumerate(gone)]
-    return max(0, int(gone[0])), max(0.0, gone[1])
+    parts = _parts(view, tokens)
+    heads = [1 / len(p.groups) if "heads" in kinds and p.groups else 1.0 for p in parts]
+    channels = [1 / SLICE if "channels" in kinds and p.channels else 1.0 for p in parts]
+    gone = []
+    for unit in range(2):
+        attention = [(p.attention[unit], left) for p, left in zip(parts, heads, strict=True)]
+        feed = [(p.feed[unit], left) for p, left in zip(parts, channels, strict=True)]
+        if {"attention", "mlp"} & set(kinds):
+            gone.append(
+                _most(attention, bool({"attention", "layers"} & set(kinds)))
+                + _most(feed, bool({"mlp", "layers"} & set(kinds)))
+            )
+        else:  # attention and feed-forward part go together, and stay in the same layer
+            both = [
+                (a + f, (a * x + f * y) / max(a + f, 1))
+                for (a, x), (f, y) in zip(attention, feed, strict=True)
+            ]
+            gone.append(_most(both, "layers" in kinds))
+    return int(gone[0]), gone[1]
+
+
+def _most(each: Sequence[tuple[float, float]], whole: bool) -> float:
+    """What can go of parts (cost, share of it that stays where it is cut); `whole`: they can go as
+    they are, all but the cheapest one to keep."""
+    kept = [cost * left for cost, left in each if cost]
+    if not kept:
+        return 0.0
+    return sum(cost for cost, _ in each) - (min(kept) if whole else sum(kept))
 
 
 def in_words(chosen: Sequence[Candidate]) -> tuple[str, ...]:
@@ -137,20 +155,21 @@ def sizes(view: ModelView) -> list[tuple[int, int]]:
 
 @dataclass(frozen=True)
 class _Parts:
-    """A layer's groups of heads and its channels, and what all of them take."""
+    """A layer's groups of heads, its channels (0 where they cannot be told apart, as of experts),
+    and what its attention and its feed-forward part take: (parameters, multiplications)."""
 
     layer: int
     groups: list[Candidate]
-    per_channel: int
     channels: int
+    feed: tuple[int, float]
 
     @property
     def attention(self) -> tuple[int, float]:
         return sum(g.parameters for g in self.groups), sum(g.work for g in self.groups)
 
     @property
-    def feed(self) -> tuple[int, float]:
-        return self.per_channel * self.channels, float(self.per_channel * self.channels)
+    def feeds(self) -> bool:
+        return self.feed[0] > 0
 
 
 def _parts(view: ModelView, tokens: int) -> list[_Parts]:
@@ -158,14 +177,21 @@ def _parts(view: ModelView, tokens: int) -> list[_Parts]:
     for layer in view.layers:
         own = [a for a in layer.attentions if a.kind == "self" and a.heads]
         groups = _groups(own[0], tokens) if own else []
-        found.append(_Parts(layer.index, groups, *_feed(layer)))
+        per_channel, channels = _feed(layer)
+        feed = (per_channel * channels, float(per_channel * channels))
+        if not channels and layer.mlp is not None:
+            whole = {id(p): p.numel() for p in layer.mlp.parameters()}
+            feed = (sum(whole.values()), row_flops(layer.mlp) / 2)
+        found.append(_Parts(layer.index, groups, channels, feed))
     return found
 
 
 def _slices(part: _Parts, scores: Tensor) -> list[Candidate]:
     """The channels of the lowest scores, a slice at a time; one slice always stays."""
+    if not part.channels:
+        return []
     size = -(-part.channels // SLICE)
-    order, cost = scores.argsort().tolist(), part.per_channel * size
+    order, cost = scores.argsort().tolist(), part.feed[0] // part.channels * size
     count = min(OFFERED, (part.channels - 1) // max(1, size))
     return [
         Candidate("channels", part.layer, tuple(sorted(order[at : at + size])), cost, cost)
@@ -200,12 +226,9 @@ def _groups(attention: AttentionView, tokens: int) -> list[Candidate]:
 
 def _feed(layer: LayerView) -> tuple[int, int]:
     """(parameters of one channel, channels) of a plain feed-forward part, (0, 0) of another."""
-    if layer.mlp is None:
-        return 0, 0
     try:
-        down = down_projection(layer)
+        feed = feed_forward(layer)
     except UnsupportedModelError:
         return 0, 0
-    channels = features_first(down).shape[1]
-    weights = [p for p in layer.mlp.parameters() if p.dim() == 2 and channels in p.shape]
-    return sum(p.numel() // channels for p in weights), channels
+    matrices = (features_first(one) for one in (*feed.ups, feed.down))
+    return sum(m.numel() for m in matrices) // max(1, feed.channels), feed.channels

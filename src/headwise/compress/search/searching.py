@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from headwise.compress.search.asking import Text, read_text
 from headwise.compress.search.candidates import (
@@ -28,10 +28,10 @@ from headwise.compress.search.rounds import pick, take_out
 from headwise.compress.search.targets import Keep, Limit, UnreachableError
 from headwise.compress.search.timing import share_of_time
 from headwise.compress.structure.channels import channel_scores
-from headwise.compress.structure.costs import Cost, cost
+from headwise.compress.structure.costs import Cost, cost, length_of
 from headwise.compress.structure.recovery import compensate
 from headwise.instruments.run import evaluating
-from headwise.models import UnsupportedModelError, view
+from headwise.models import ModelView, UnsupportedModelError, view
 from headwise.models.identity import weights_hash
 
 __all__ = ["shrink"]
@@ -142,7 +142,8 @@ class _Search:
         self.current = model
         self.curve = Curve(target.what, target.share, [])
         self.first = cost(model, text.tokens)
-        gone = removable(view(model), kinds, text.tokens)
+        self.tokens = length_of(view(model), text.tokens)
+        gone = removable(view(model), kinds, self.tokens)
         counted = self.first.parameters if target.what == "params" else self._work(self.first)
         reachable = 1 - gone[target.what != "params"] / counted
         if target.share < reachable:
@@ -198,8 +199,8 @@ class _Search:
         began = time.perf_counter()
         what, number = self.target.what, len(self.curve.points)
         look = view(self.current)
-        scores = channel_scores(look, self.text.given) if "channels" in self.kinds else None
-        given = candidates(look, self.kinds, self.text.tokens, scores)
+        scores = self._channels(look)
+        given = candidates(look, self.kinds, self.tokens, scores)
         self.tell(f"round {number}: pricing {len(given)} candidates")
         price = prices(look, self.text.calibration, given)
         chosen = pick(given, price, what, self._need(), look)
@@ -226,6 +227,16 @@ class _Search:
             self.current = before
             chosen = chosen[: len(chosen) // 2]
         self._end(f"{self.limit} allows no further step")
+
+    def _channels(self, look: ModelView) -> dict[int, Tensor] | None:
+        """Scores of the channels, None where they cannot go one by one: the rest still can."""
+        if "channels" not in self.kinds:
+            return None
+        try:
+            return channel_scores(look, self.text.given)
+        except UnsupportedModelError as error:
+            self.tell(f"channels stay: {error}")
+            return None
 
     def distil(self, seconds: float) -> None:
         """Train the chosen model on the original's answers; kept where that made it better."""
@@ -276,7 +287,7 @@ class _Search:
 
     def _work(self, known: Cost) -> float:
         """Multiplications a token."""
-        return known.flops / 2 / self.text.tokens
+        return known.flops / 2 / self.tokens
 
     def _measured(self, model: nn.Module, took: tuple[str, ...], seconds: float) -> Point:
         now = cost(model, self.text.tokens)

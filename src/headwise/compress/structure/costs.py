@@ -166,6 +166,16 @@ def _products(module: nn.Module) -> int:
     return 0
 
 
+def length_of(look: ModelView, tokens: int) -> int:
+    """Tokens of a model's only stack: as asked for, or as many as its images have patches."""
+    return _length(look, look.stacks[0], tokens)
+
+
+def row_flops(module: nn.Module) -> int:
+    """FLOPs of the matrix products of a part for one token, of experts those that run."""
+    return sum(_products(one) or _experts(one) for one in module.modules())
+
+
 def _experts(module: nn.Module) -> int:
     """FLOPs for one row of a module that holds the matrices of several experts."""
     stacked = [p for p in module._parameters.values() if p is not None and p.dim() == 3]
