@@ -34,8 +34,15 @@ def kept(store: Quantised, count: int, seed: int) -> Quantised:
 
 
 def exact(store: Quantised, start: int, stop: int) -> tuple[Tensor, Tensor]:
-    """Keys and values of the codes, number by number what `piece` says, as float64."""
-    return store._keys.piece(start, stop).double(), store._values.piece(start, stop).double()
+    """Keys and values that the codes stand for, and those that came as they are, as float64."""
+    k, v = store._keys.piece(start, stop).double(), store._values.piece(start, stop).double()
+    outliers = store._outliers
+    for row, places in enumerate(outliers.at.content.tolist()):
+        for number, place in enumerate(places):
+            if start <= place < stop:
+                k[row, place - start] = outliers.keys.content[row, number]
+                v[row, place - start] = outliers.values.content[row, number]
+    return k, v
 
 
 @settings(max_examples=60, deadline=None)
@@ -49,16 +56,17 @@ def exact(store: Quantised, start: int, stop: int) -> tuple[Tensor, Tensor]:
     bits=st.tuples(*[st.sampled_from([1, 2, 3, 4, 8])] * 2),
     keys=st.sampled_from(["channel", "token"]),
     evicted=st.booleans(),
+    outliers=st.integers(0, 2),
     kind=st.sampled_from([torch.float32, torch.float64]),
     seed=st.integers(0, 2**16),
 )
 def test_products_with_codes_are_those_with_what_they_stand_for(
     rows: int, groups: int, group: int, d: int, d_v: int, count: int, bits: tuple[int, int],
-    keys: str, evicted: bool, kind: torch.dtype, seed: int,
+    keys: str, evicted: bool, outliers: int, kind: torch.dtype, seed: int,
 ) -> None:  # fmt: skip
     n = groups * group
     store = stored(rows, n, d, d_v, seed, key_bits=bits[0], value_bits=bits[1], group=group,
-                   keys=keys)  # fmt: skip
+                   keys=keys, outliers=min(outliers, group - 1))  # fmt: skip
     assert store.coded == n
     if evicted:
         store = kept(store, max(1, n // 2), seed)
@@ -69,16 +77,16 @@ def test_products_with_codes_are_those_with_what_they_stand_for(
     start, stop = int(cuts[0]), int(cuts[1])
     if start == stop:
         start, stop = 0, store.coded
-    piece = InCodes(store._keys, store._values, start, stop)
+    piece = InCodes(store._keys, store._values, store._outliers, start, stop)
     asked = torch.randn(rows, count, d, generator=draw).to(kind)
     weights = torch.rand(rows, count, stop - start, generator=draw).to(kind)
     k, v = exact(store, start, stop)
     scores, summed = piece.scores(asked), piece.summed(weights)
     assert scores.dtype == summed.dtype == kind
     assert len(piece) == stop - start
-    within = 1e-4 * float(k.abs().sum(-1).max() + 1)
+    within = 1e-5 * float(k.abs().sum(-1).max() + 1)
     torch.testing.assert_close(scores.double(), asked.double() @ k.mT, rtol=1e-4, atol=within)
-    within = 1e-4 * float(v.abs().max() * weights.sum(-1).max() + 1)
+    within = 1e-5 * float(v.abs().max() * weights.sum(-1).max() + 1)
     torch.testing.assert_close(summed.double(), weights.double() @ v, rtol=1e-4, atol=within)
 
 
@@ -90,9 +98,3 @@ def test_few_queries_meet_codes_and_many_meet_numbers(keys: str) -> None:
     asked = torch.randn(3, 2, 16)
     few, many = (torch.cat([p.scores(asked) for p in store.pieces(c)], -1) for c in (1, FEW + 1))
     torch.testing.assert_close(few, many, rtol=1e-4, atol=1e-3)
-
-
-def test_tokens_in_full_precision_are_not_overlooked() -> None:
-    """Those that stand out lie among the codes as well, where they are wrong."""
-    store = stored(2, 64, 8, 8, 1, outliers=2, key_bits=2, value_bits=2)
-    assert not any(isinstance(piece, InCodes) for piece in store.pieces(1))

@@ -15,18 +15,21 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from headwise.compress.cache.coded import ByChannel, ByToken
+from headwise.compress.cache.outliers import Outliers
 from headwise.compress.cache.packing import unpack
 from headwise.compress.cache.store import Piece
 
 
 @dataclass(frozen=True)
 class InCodes(Piece):
-    """Tokens `start` to `stop` of keys and values in codes."""
+    """Tokens `start` to `stop` of keys and values in codes, those of `outliers` as they came."""
 
     keys: ByChannel | ByToken
     values: ByToken
+    outliers: Outliers
     start: int
     stop: int
 
@@ -36,11 +39,32 @@ class InCodes(Piece):
     def scores(self, queries: Tensor) -> Tensor:
         """`(R, c, t)`."""
         if isinstance(self.keys, ByChannel):
-            return _asked_by_channel(self.keys, queries, self.start, self.stop)
-        return _asked_by_token(self.keys, queries, self.start, self.stop)
+            scores = _asked_by_channel(self.keys, queries, self.start, self.stop)
+        else:
+            scores = _asked_by_token(self.keys, queries, self.start, self.stop)
+        if not self.outliers.at.length:
+            return scores
+        at = self._places(queries.shape[1])
+        known = torch.bmm(queries, self.outliers.keys.content.to(queries.dtype).transpose(1, 2))
+        return pad(scores, (0, 1)).scatter_(2, at, known)[..., :-1]
 
     def summed(self, weights: Tensor) -> Tensor:
         """`(R, c, d_v)`."""
+        if not self.outliers.at.length:
+            return self._summed(weights)
+        at = self._places(weights.shape[1])
+        padded = pad(weights, (0, 1))
+        known = torch.bmm(padded.gather(2, at), self.outliers.values.content.to(weights.dtype))
+        return self._summed(padded.scatter_(2, at, 0)[..., :-1]) + known
+
+    def _places(self, count: int) -> Tensor:
+        """`(R, c, o)`: where outliers lie among the t tokens; t for those that do not."""
+        at = self.outliers.at.content.long()
+        here = (at >= self.start) & (at < self.stop)
+        at = torch.where(here, at - self.start, len(self))
+        return at[:, None].expand(-1, count, -1)
+
+    def _summed(self, weights: Tensor) -> Tensor:
         held, kind = self.values, weights.dtype
         here = slice(self.start, self.stop)
         low, scale = (t.content[:, here].to(kind) for t in (held.low, held.scale))  # (R, t, groups)
@@ -90,7 +114,7 @@ def _asked_by_token(held: ByToken, queries: Tensor, start: int, stop: int) -> Te
     low, scale = (t.content[:, here].to(kind) for t in (held.low, held.scale))  # (R, t, groups)
     codes = unpack(held.codes.content[:, here], held.code.bits, _width(held)).to(kind)
     rows, count, width = queries.shape
-    parts = torch.nn.functional.pad(queries, (0, _width(held) - width)).unflatten(-1, (-1, size))
+    parts = pad(queries, (0, _width(held) - width)).unflatten(-1, (-1, size))
     groups = parts.shape[2]
     apart = torch.diag_embed(parts.transpose(2, 3), dim1=1, dim2=3)  # (R, groups, c, groups, size)
     scores = torch.bmm(apart.reshape(rows, groups * count, -1), codes.transpose(1, 2))

@@ -250,12 +250,12 @@ class Quantised(Store):
             yield self._newest[0].content, self._newest[1].content
 
     def pieces(self, count: int) -> Iterator[Piece]:
-        """In codes for a few queries, unless some of them are held in full precision as well."""
-        if count > FEW or self._outliers.at.length:
+        """In codes, for a few queries."""
+        if count > FEW:
             yield from super().pieces(count)
             return
         for start, stop in self._cuts():
-            yield InCodes(self._keys, self._values, start, stop)
+            yield InCodes(self._keys, self._values, self._outliers, start, stop)
         if self._newest[0].length:
             yield Exact(self._newest[0].content, self._newest[1].content)
 
