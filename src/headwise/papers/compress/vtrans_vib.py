@@ -271,8 +271,15 @@ def gates_close_to_the_budget(gating: Callable[..., Gates], seed: int) -> Measur
 
 @picture
 def gates_in_training() -> Picture:
-    """The expected share of parameters and the divergence while gates are trained."""
-    gates = learned(trained(0), examples(0), 0.5)
-    steps = list(range(len(gates.losses)))
-    lines = {"expected share": (steps, gates.shares), "KL, nats": (steps, gates.losses)}
-    return Picture(title="Gates in training", x="step", y="share, nats", lines=lines)
+    """The expected share of parameters while gates are trained, with a budget and without."""
+    lines = {}
+    for name, gating in (("budget 0.5 (VTrans)", learned), ("no budget (control)", without_budget)):
+        shares = gating(trained(0), examples(0), 0.5).shares
+        lines[name] = (list(range(len(shares))), shares)
+    lines["budget"] = ([0, len(shares) - 1], [0.5, 0.5])
+    return Picture(
+        title="Gates in training: the share of the parameters that they would leave",
+        x="training step",
+        y="expected share of parameters",
+        lines=lines,
+    )
