@@ -1,4 +1,4 @@
-"""How many heads and channels of every layer a search has left."""
+"""What a search has left of every layer: heads and channels, or tokens of the cache."""
 
 from __future__ import annotations
 
@@ -8,43 +8,52 @@ from headwise.compress.search.curve import Curve
 
 __all__ = ["remains_picture"]
 
-_WIDTH, _LEFT, _ROW, _TOP = 720, 70, 22, 52
-_BAR = 270
+_WIDTH, _LEFT, _ROW, _TOP = 480, 44, 22, 34
+_BAR, _APART = 104, 216
 
 
 def remains_picture(curve: Curve) -> str:
-    """One `<svg>`: a row a layer, two bars, what is gone as an outline; empty where the search has
-    taken nothing out of layers. Its colours come from the page around it."""
+    """One `<svg>`: a row a layer, bars of what is left, what is gone as an outline; empty where
+    all layers are as they were. Its colours come from the page around it."""
     layers: list[dict[str, Any]] = curve.about.get("layers") or []
-    if not any("heads_left" in row for row in layers):
+    shares: list[float] = (curve.cache or {}).get("layers") or []
+    if any("heads_left" in row for row in layers):
+        names = ["heads", "channels"]
+        rows = [
+            (row["layer"], [_of(row[f"{name}_left"], row[name]) for name in names])
+            for row in layers
+        ]
+    elif shares:
+        names = ["share of the tokens seen that the cache keeps"]
+        rows = [(n, [(share, f"{share:.2f}")]) for n, share in enumerate(shares)]
+    else:
         return ""
-    height = _TOP + _ROW * len(layers) + 16
+    height = _TOP + _ROW * len(rows) + 12
     parts = [
-        '<text class="title" x="16" y="24">Left of every layer of the original</text>',
-        f'<text x="{_LEFT}" y="{_TOP - 8}">heads</text>',
-        f'<text x="{_LEFT + _BAR + 40}" y="{_TOP - 8}">channels</text>',
+        f'<text x="{_LEFT + _APART * place}" y="{_TOP - 10}">{name}</text>'
+        for place, name in enumerate(names)
     ]
-    for number, row in enumerate(layers):
+    for number, (layer, bars) in enumerate(rows):
         y = _TOP + _ROW * number
-        parts.append(
-            f'<text x="{_LEFT - 10}" y="{y + 13}" text-anchor="end">L{row["layer"]}</text>'
-        )
-        for place, name in ((0, "heads"), (1, "channels")):
-            parts.append(_bar(_LEFT + place * (_BAR + 40), y, row[f"{name}_left"], row[name]))
+        parts.append(f'<text x="{_LEFT - 10}" y="{y + 13}" text-anchor="end">L{layer}</text>')
+        for place, (share, words) in enumerate(bars):
+            parts.append(_bar(_LEFT + _APART * place, y, share, words))
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" class="hw-picture" role="img" '
-        f'viewBox="0 0 {_WIDTH} {height}" aria-label="heads and channels left of every layer">'
+        f'viewBox="0 0 {_WIDTH} {height}" aria-label="left of every layer: {" and ".join(names)}">'
         f"{''.join(parts)}</svg>\n"
     )
 
 
-def _bar(x: int, y: int, left: int, whole: int) -> str:
-    if not whole:
+def _of(left: int, whole: int) -> tuple[float, str]:
+    return (left / whole, f"{left:,} of {whole:,}") if whole else (0.0, "")
+
+
+def _bar(x: int, y: int, share: float, words: str) -> str:
+    if not words:
         return ""
-    width = _BAR - 64
-    filled = width * left / whole
     return (
-        f'<rect class="cells" x="{x}" y="{y + 3}" width="{filled:.1f}" height="12"/>'
-        f'<rect class="frame" x="{x}" y="{y + 3}" width="{width}" height="12"/>'
-        f'<text x="{x + width + 8}" y="{y + 13}">{left} of {whole}</text>'
+        f'<rect class="cells" x="{x}" y="{y + 3}" width="{_BAR * share:.1f}" height="12"/>'
+        f'<rect class="frame" x="{x}" y="{y + 3}" width="{_BAR}" height="12"/>'
+        f'<text x="{x + _BAR + 8}" y="{y + 13}">{words}</text>'
     )
