@@ -22,7 +22,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from headwise.compress import reduce_tokens
 from headwise.compress.tokens.ranking import ClassAttention, Random, ReceivedMass
 from headwise.compress.tokens.record import Record
-from headwise.compress.tokens.reducing import stages
 from headwise.compress.tokens.reduction import Reduction
 from headwise.models.backbones import VisionPatches
 from headwise.papers import Measured, Picture, at_most, claim, paper, picture, within
@@ -168,18 +167,21 @@ def a_third_of_the_patches_is_enough(way: Way, seed: int) -> Measured:
 
 @picture
 def surviving_patches() -> Picture:
-    """A digit, and in which stage its patches were fused (3: they stay to the end)."""
-    model, images = trained_reader(0), held_out_digits()[0][:1]
-    with torch.no_grad(), evit(model, 0.6, (0, 1, 2)) as record:
-        model(images)
-    grid = np.zeros((4, 4))
-    for layer in stages(3):
-        fused = record.counts[layer] - 1
-        grid += np.asarray(record.kept(layer)[0] < fused, float).reshape(4, 4)
-    coarse = images[0, 0].unfold(0, 2, 2).unfold(1, 2, 2).mean((2, 3))
+    """A digit, and for what share of three stages each patch stays a token of its own."""
+    model, images = trained_reader(0), held_out_digits()[0][:100]
+    maps = {"a digit: ink": images[0, 0].tolist()}
+    for name, way in (("EViT", evit), ("control", by_chance)):
+        with torch.no_grad(), way(model, 0.6, (0, 1, 2)) as record:
+            model(images)
+        stages = [record.kept(layer) for layer in (0, 1, 2)]
+        alone = [(groups[:, :, None] == groups[:, None]).sum(-1) == 1 for groups in stages]
+        share = torch.stack(alone).float().mean(0).view(-1, 4, 4)
+        if way is evit:
+            maps["EViT, this digit"] = share[0].tolist()
+        maps[f"{name}, 100 digits"] = share.mean(0).tolist()
     return Picture(
-        title="Patches that survive",
-        x="column of patches",
-        y="row of patches",
-        maps={"ink (of 1, times 3)": (3 * coarse).tolist(), "stages survived": grid.tolist()},
+        title="Share of three stages for which a patch stays a token of its own",
+        x="column (of pixels, of patches)",
+        y="row",
+        maps=maps,
     )
