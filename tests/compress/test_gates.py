@@ -10,7 +10,9 @@ from headwise.compress import head_gates
 from headwise.compress.structure.gate_kinds import HardConcrete, Variational
 from headwise.models import Site, touching, view
 from headwise.models.default import default_model_path, default_text
+from headwise.models.spots import down_projection
 from tests.instruments import tiny
+from tests.models.families import FAMILIES
 
 torch.set_num_threads(1)
 
@@ -90,6 +92,22 @@ def test_dead_channels_come_last(method):
     right = sum(n >= 24 for layer in gone.values() for n in layer)
     assert sum(map(len, gone.values())) == 48
     assert right >= 44
+
+
+@pytest.mark.parametrize("method", ["variational", "gradient"])
+def test_channels_of_layers_that_flatten_their_tokens(method):
+    torch.manual_seed(0)
+    model = FAMILIES["opt"]()
+    ids = torch.randint(3, 30, (4, 9), generator=torch.Generator().manual_seed(0))
+    dead = [3, 7]
+    for layer in view(model).layers:
+        with torch.no_grad():
+            down_projection(layer).weight[:, dead] = 0
+    found = head_gates(model, {"input_ids": ids}, method, keep=0.5, what=("neurons",), steps=3)
+    if method == "gradient":
+        for score in found.scores.values():
+            assert score[dead].tolist() == [0, 0]
+            assert (score > 0).sum() > 4
 
 
 def test_slopes_against_differences():

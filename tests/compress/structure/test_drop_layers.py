@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
+from transformers import BloomConfig, BloomForCausalLM, MptConfig, MptForCausalLM
 
-from headwise.compress import drop_layers, prune_heads
+from headwise.compress import drop_layers, prune_channels, prune_heads
 from headwise.models import Site, UnsupportedModelError, touching, view
+from headwise.models.spots import down_projection
 from tests.instruments import tiny
 from tests.models.families import DECODERS, FAMILIES, inputs, scores
 
@@ -78,6 +81,30 @@ def test_caches_and_masks_fit_what_is_left(name: str, parts: str) -> None:
     more = {"max_new_tokens": 9, "min_new_tokens": 9, "do_sample": False, "pad_token_id": 0}
     cached = model.generate(**batch, **more)
     assert torch.equal(cached, model.generate(**batch, **more, use_cache=False))
+
+
+@pytest.mark.parametrize("how", ["drop", "channels"])
+@pytest.mark.parametrize("name", ["bloom", "mpt"])
+def test_a_feed_forward_part_that_adds_the_residual_leaves_it(name: str, how: str) -> None:
+    torch.manual_seed(0)
+    model: Any = (
+        BloomForCausalLM(BloomConfig(vocab_size=60, hidden_size=32, n_layer=2, n_head=4))
+        if name == "bloom"
+        else MptForCausalLM(MptConfig(vocab_size=60, d_model=32, n_layers=2, n_heads=4))
+    )
+    model.eval()
+    ids = tiny.ids(9)
+    twin = copy.deepcopy(model)
+    down = down_projection(view(twin).layers[0])
+    with torch.no_grad():
+        down.weight.zero_()
+        if how == "drop" and down.bias is not None:
+            down.bias.zero_()
+        if how == "drop":
+            drop_layers(model, [0], parts="mlp")
+        else:
+            prune_channels(model, {0: range(128)})
+        assert torch.allclose(model(ids).logits, twin(ids).logits, atol=1e-5)
 
 
 def test_the_config_says_so() -> None:

@@ -6,7 +6,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, StaticCache
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    DynamicCache,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    StaticCache,
+)
 
 from headwise.compress import open_share, route_attention, router_parameters, steps_of
 from headwise.compress.step import read_step, write_step
@@ -211,6 +218,61 @@ def test_the_step_is_done_again_without_data(name: str) -> None:
     read_step(write_step(step)).apply(empty)
     assert sorted(empty.state_dict()) == sorted(model.state_dict())
     assert routers_of(empty)[0].threshold == 0.4
+
+
+@pytest.mark.parametrize("pattern", [["sliding_attention"] * 2, ["full", "sliding"]])
+@torch.no_grad()
+def test_sliding_windows_decode_as_one_pass_gives(pattern: list[str]) -> None:
+    names = [p if p.endswith("attention") else f"{p}_attention" for p in pattern]
+    config = Qwen2Config(
+        **tiny.SIZE,
+        num_key_value_heads=2,
+        use_sliding_window=True,
+        sliding_window=4,
+        layer_types=names,
+    )
+    model = tiny._sharp(Qwen2ForCausalLM(config))
+    route_attention(model)
+    undecided(model)
+    given = ids()
+    cache = DynamicCache(config=model.config)
+    first = model(given[:, :6], past_key_values=cache).logits
+    gates = opened(model)
+    assert any(0 < int(gate.sum()) < BATCH for gate in gates)
+    steps = [first] + [
+        model(given[:, i : i + 1], past_key_values=cache).logits for i in range(6, 10)
+    ]
+    plain = tiny._sharp(Qwen2ForCausalLM(config))
+    silence = {
+        Site("attention", layer): lambda out, gate=gate: out * gate[:, None, None]
+        for layer, gate in enumerate(gates)
+    }
+    with touching(view(plain), silence):
+        want = plain(given, use_cache=False).logits
+    assert (torch.cat(steps, 1) - want).abs().max() < 1e-4
+    for layer, gate, name in zip(cache.layers, gates, names, strict=True):
+        assert layer.is_sliding == (name == "sliding_attention")
+        assert layer.get_seq_length() == 10
+        assert (0 if layer.keys is None else len(layer.keys)) == int(gate.sum())
+        if layer.is_sliding and layer.keys is not None:
+            assert layer.keys.shape[2] == 3
+
+
+@torch.no_grad()
+def test_an_encoder_of_images_that_is_called_by_place() -> None:
+    model = tiny.vit()
+    x = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    before = model(x).logits
+    route_attention(model)
+    assert torch.equal(model(x).logits, before)
+
+
+def test_other_stacks_and_attentions_of_their_own_making_are_refused_at_once() -> None:
+    with pytest.raises(UnsupportedModelError, match="encoder, decoder: routers are for"):
+        route_attention(tiny.bart())
+    bloom = BloomForCausalLM(BloomConfig(vocab_size=60, hidden_size=32, n_layer=2, n_head=4))
+    with pytest.raises(UnsupportedModelError, match="computes its attention by itself"):
+        route_attention(bloom)
 
 
 def test_what_is_refused() -> None:

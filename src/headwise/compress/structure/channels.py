@@ -190,7 +190,7 @@ def _cut(feed: FeedForward, kept: list[int], bias: bool, model: nn.Module) -> No
         add_bias(feed.down, features_first(feed.down).shape[0])
     if not kept and feed.layer.mlp is not None:
         had: Any = getattr(feed.down, "bias", None)
-        nothing = NoFeedForward(None)
+        nothing = NoFeedForward.of(feed.layer.mlp)
         nothing.bias = had  # the same parameter, so that a constant can still be added to it
         put(model, feed.layer.mlp, nothing)
         return

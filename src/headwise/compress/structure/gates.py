@@ -228,9 +228,12 @@ def _clean(view: ModelView, batch: Examples, measure: Metric) -> Tensor | None:
 
 
 def _gating(gate: Tensor) -> Callable[[Tensor], Tensor]:
-    """gate `(batch, units)` on `(batch, n, heads, d)` or `(batch, n, hidden)`."""
+    """gate `(batch, units)` on `(batch, n, heads, d)`, `(batch, n, hidden)` or, where a layer
+    flattens its tokens (OPT), `(batch * n, hidden)`."""
 
     def write(there: Tensor) -> Tensor:
+        if there.dim() == 2:
+            return there * gate.to(there.dtype).repeat_interleave(len(there) // len(gate), 0)
         wide = gate[:, None].to(there.dtype)
         return there * (wide[..., None] if there.dim() == 4 else wide)
 

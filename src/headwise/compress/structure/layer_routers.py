@@ -87,9 +87,14 @@ def open_share(model: nn.Module, hard: bool = False) -> Tensor:
 
 
 def _checked(look: ModelView, layers: tuple[int, ...]) -> list[AttentionView]:
-    by_layer = {a.layer: a for a in look.attentions if a.kind == "self"}
-    if len({a.stack for a in by_layer.values()}) > 1:
-        raise UnsupportedModelError("layers of several stacks: routers are for models with one")
+    mine = [a for a in look.attentions if a.kind == "self"]
+    stacks = dict.fromkeys(a.stack for a in mine)
+    if len(stacks) > 1:
+        raise UnsupportedModelError(
+            f"{type(look.model).__name__} has the stacks {', '.join(stacks)}: routers are for "
+            "models with one"
+        )
+    by_layer = {a.layer: a for a in mine}
     absent = [layer for layer in layers if layer not in by_layer]
     if absent or not layers:
         raise ValueError(f"layers={layers}: self-attention is in {sorted(by_layer)}")
@@ -103,4 +108,10 @@ def _checked(look: ModelView, layers: tuple[int, ...]) -> list[AttentionView]:
         if id(by_layer[layer].module) in routed:
             raise ValueError(f"layer {layer} has a router already")
         by_layer[layer].query_weight()
+        reason = by_layer[layer].observable
+        if reason is not None:
+            raise UnsupportedModelError(
+                f"{by_layer[layer].name}: {reason}, and which of its arguments belong to a "
+                "sequence is not known"
+            )
     return [by_layer[layer] for layer in layers]

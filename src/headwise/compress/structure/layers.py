@@ -211,7 +211,7 @@ def _without_attention(look: ModelView, attention: AttentionView) -> None:
 
 def _without_mlp(model: nn.Module, layer: LayerView) -> None:
     if layer.mlp is not None:
-        put(model, layer.mlp, NoFeedForward(returns=returns(layer.mlp)))
+        put(model, layer.mlp, NoFeedForward.of(layer.mlp, returns(layer.mlp)))
         return
     feed = feed_forward(layer)
     for up in feed.ups:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -47,15 +48,27 @@ class NoAttention(nn.Module):
 
 class NoFeedForward(nn.Module):
     """In the place of a feed-forward part: its output bias for every token, or zeros. `returns`:
-    how many things the part gave; beside the output there is nothing (no router chose)."""
+    how many things the part gave; beside the output there is nothing (no router chose).
+    `residual`: which of the arguments beside the first is the residual, for a part that adds it
+    itself (BLOOM, MPT); -1 for all others."""
 
-    def __init__(self, bias: Tensor | None = None, returns: int = 1) -> None:
+    def __init__(self, bias: Tensor | None = None, returns: int = 1, residual: int = -1) -> None:
         super().__init__()
-        self.returns = returns
+        self.returns, self.residual = returns, residual
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
+
+    @classmethod
+    def of(cls, part: nn.Module, returns: int = 1) -> NoFeedForward:
+        """For this feed-forward part, without a bias."""
+        known = list(inspect.signature(type(part).forward).parameters)
+        at = known.index("residual") - 2 if "residual" in known else -1
+        return cls(None, returns, at).train(part.training)
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         out = torch.zeros_like(hidden_states)
+        if self.residual >= 0:
+            given = args[self.residual] if self.residual < len(args) else kwargs["residual"]
+            out = out + given
         out = out if self.bias is None else out + self.bias
         return out if self.returns == 1 else (out, *[None] * (self.returns - 1))
 

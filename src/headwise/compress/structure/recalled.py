@@ -17,30 +17,44 @@ from headwise.parts.slots import Given, Project, Turn
 
 class Held:
     """A forward hook that keeps what its module gave last, until it is recalled. Copies and files
-    leave that out."""
+    leave that out.
+
+    Checkpointed layers run again during the backward pass, from the last to the first, so a layer
+    recalls before its source has run: with gradients the numbers are kept for that (`again`).
+    """
 
     def __init__(self) -> None:
         self.value: Any = None
+        self.again: Any = None
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        self.value = output
+        if not _going_back():
+            self.value, self.again = output, None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"value": None}
+        return {"value": None, "again": None}
 
     def recall(self, x: Tensor, who: str) -> Tensor:
         """What was kept. Raises RuntimeError unless it is of the same tokens as x `(batch, n,
         ...)`, as far as sizes tell."""
-        found = self.value
+        found = self.again if _going_back() else self.value
         if found is None or found.shape[:2] != x.shape[:2]:
             have = "nothing" if found is None else f"{tuple(found.shape)}"
             raise RuntimeError(
                 f"{who} recalls what an earlier layer computed on the same tokens, x is "
                 f"{tuple(x.shape)} and there is {have}: run the model as a whole"
             )
-        self.value = None
         kept: Tensor = found
+        if not _going_back():
+            self.value = None
+            if kept.requires_grad:
+                self.again = kept.detach().requires_grad_()
         return kept
+
+
+def _going_back() -> bool:
+    """Whether this is a part of a forward pass that a backward pass does again."""
+    return torch._C._current_graph_task_id() != -1
 
 
 class Recalled(nn.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -123,11 +124,9 @@ class RoutedAttention(nn.Module):
         self.attention, self.router = attention, router
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
-        if args:
-            raise UnsupportedModelError(
-                f"{type(self.attention).__name__} is called with arguments by place, of which "
-                "nobody knows here which belong to a sequence"
-            )
+        if args:  # by name, so that it is known which belong to a sequence
+            named = list(inspect.signature(type(self.attention).forward).parameters)[2:]
+            kwargs = {**dict(zip(named, args, strict=False)), **kwargs}
         rest: list[Any] = []
 
         def run(rows: Tensor | None) -> Tensor:

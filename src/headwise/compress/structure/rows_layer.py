@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from headwise.models.errors import UnsupportedModelError
 
@@ -15,8 +15,8 @@ from headwise.models.errors import UnsupportedModelError
 class RowsLayer(DynamicLayer):
     """`open` `(batch,)`: the sequences that are held. `seen`: tokens, of all sequences alike."""
 
-    def __init__(self, opened: Tensor) -> None:
-        super().__init__()
+    def __init__(self, opened: Tensor, **more: Any) -> None:
+        super().__init__(**more)
         self.open, self.seen = opened, 0
 
     def get_seq_length(self) -> int:
@@ -49,6 +49,14 @@ class RowsLayer(DynamicLayer):
             self.keys, self.values = self.keys[rows], self.values[rows]
 
 
+class SlidingRowsLayer(RowsLayer, DynamicSlidingWindowLayer):
+    """The same with a sliding window."""
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        self.cumulative_length = self.seen  # it may be that nobody was held, and nothing came in
+        return super().get_mask_sizes(query_length)
+
+
 def rows_among(opened: Tensor, index: Tensor) -> Tensor:
     """Where, among the sequences that are held, those of `index` stand."""
     place = opened.long().cumsum(0) - 1
@@ -58,7 +66,8 @@ def rows_among(opened: Tensor, index: Tensor) -> Tensor:
 def rows_layer(cache: Any, layer: int, decide: Any) -> RowsLayer:
     """The cache's layer as a RowsLayer; in a new one `decide()` says which sequences it holds.
 
-    Raises UnsupportedModelError for another cache than DynamicCache, and for a sliding window.
+    Raises UnsupportedModelError for another cache than DynamicCache, and for layers that are not
+    new.
     """
     if not isinstance(cache, DynamicCache):
         raise UnsupportedModelError(
@@ -71,12 +80,15 @@ def rows_layer(cache: Any, layer: int, decide: Any) -> RowsLayer:
     held: Any = cache.layers[layer]
     if isinstance(held, RowsLayer):
         return held
-    if type(held) is not DynamicLayer or held.is_initialized:
+    if type(held) not in (DynamicLayer, DynamicSlidingWindowLayer) or held.is_initialized:
         raise UnsupportedModelError(
             f"layer {layer} of this cache is a {type(held).__name__}"
             + (" and not empty" if held.is_initialized else "")
-            + ": a routed attention needs a new DynamicLayer without a window"
+            + ": a routed attention needs a new DynamicLayer or DynamicSlidingWindowLayer"
         )
-    made = RowsLayer(decide())
+    if isinstance(held, DynamicSlidingWindowLayer):
+        made: RowsLayer = SlidingRowsLayer(decide(), sliding_window=held.sliding_window)
+    else:
+        made = RowsLayer(decide())
     cache.layers[layer] = made
     return made
