@@ -231,22 +231,30 @@ def the_peak_is_budget_and_chunk(prefill: Callable[..., None], seed: int) -> Mea
 
 @picture
 def what_is_said() -> Picture:
-    """Scores of trained heads along one text, and what the question's queries give in the end."""
+    """Scores of retaining heads around the digit that is asked for in the end, and what the
+    question's queries give then."""
     model, batch = trained(0), task().batch(3, 1, "test")
     asked = torch.zeros_like(batch.inputs["input_ids"], dtype=torch.bool)
     asked[:, -1] = True
     lines: dict[str, Any] = {}
+    kinds: dict[str, Any]
     with torch.enable_grad():
-        first = _learned(0).modules[0]
+        kinds = {"trained (Locret)": learned(0), "untrained (control)": untrained(0)}
 
     def read(r: Any) -> None:
-        wanted, _ = importance(r, asked)
-        heads = torch.arange(2)
-        told = first(r.query.unflatten(1, (2, 2)).flatten(0, 1), r.key[0], r.value[0], heads)
-        at = list(range(wanted.shape[-1]))
-        lines["asked for in the end"] = (at, wanted[0, 0].tolist())
-        lines["said when it was read"] = (at, told[0].tolist())
+        wanted, heads = importance(r, asked)[0][0, 0], torch.arange(2)
+        middle = int(wanted.argmax())
+        at = list(range(max(0, middle - 12), min(len(wanted), middle + 13)))
+        lines["asked for in the end"] = (at, wanted[at].tolist())
+        for name, kind in kinds.items():
+            seen = r.query.unflatten(1, (2, 2)).flatten(0, 1), r.key[0], r.value[0], heads
+            lines[name] = (at, kind.modules[0](*seen)[0][at].tolist())
 
     with observe(view(model), read):
         model(**batch.inputs)
-    return Picture(title="One head, one text", x="token", y="largest score", lines=lines)
+    return Picture(
+        title="What one head says of tokens as they are read, and what the question asks for",
+        x="position of the token",
+        y="largest score, q . k / sqrt(d)",
+        lines=lines,
+    )
