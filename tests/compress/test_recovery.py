@@ -208,4 +208,4 @@ def test_passes_that_go_on_where_the_last_was_give_what_whole_ones_give(
         found.append(dict(cut.named_parameters()))
         ran.append(len(calls))
     assert all(torch.allclose(p, found[1][name], atol=1e-4) for name, p in found[0].items())
-    assert ran[0] < ran[1] / 2  # the first layer ran a few times, not once for each of the others
+    assert ran[0] < ran[1] - 4  # not once more for each of the layers behind

@@ -45,6 +45,13 @@ def test_settings_come_back_from_a_file() -> None:
         CacheSettings("forget")
 
 
+def test_settings_by_layer_are_told_by_what_the_layers_keep() -> None:
+    # the share that they were made from may be capped while some layers keep less
+    settings = CacheSettings("key norm", 1.0, "by layer", (0.25, 0.25, 1.0, 1.0), 8)
+    assert str(settings) == "8 bits, key norm, by layer 0.625 of the tokens"
+    assert str(CacheSettings("key norm", 1.0, "by layer", (1.0, 1.0), 8)) == "8 bits, all tokens"
+
+
 def test_the_cache_that_is_found_is_within_the_bytes_and_resumes(tmp_path: Path) -> None:
     model = llama().eval()
     tokens = ids(model, 2, 160)

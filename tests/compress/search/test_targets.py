@@ -44,6 +44,8 @@ def test_what_is_no_bound_is_refused(given: str) -> None:
         Limit.read(given)
 
 
-@pytest.mark.parametrize("given", ["loss<=+0.05", "loss<=2.1", "agreement>=0.9", "kl<=0.1"])
+@pytest.mark.parametrize(
+    "given", ["loss<=+0.05", "loss<=2.1", "agreement>=0.9", "kl<=0.1", "kl<=1e-05"]
+)
 def test_a_bound_is_written_as_it_was_read(given: str) -> None:
     assert str(Limit.read(given)) == given

@@ -11,6 +11,10 @@ from headwise.instruments.examples import Examples, digests, read_examples, toge
 
 WINDOWS = 8
 TOKENS = 256
+FEW = 4
+"""One window in so many is enough for a rough price."""
+NUMBERS = 2**26
+"""Of the logits of one batch: 256 MiB in float32."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,23 @@ class Text:
     def given(self) -> list[dict[str, Tensor]]:
         """The calibration text as inputs of a model."""
         return [batch.inputs for batch in self.calibration]
+
+    @property
+    def few(self) -> list[Examples]:
+        """Some of the calibration text, from all of it."""
+        found, before = [], 0
+        for batch in self.calibration:
+            rows = [row for row in range(len(batch)) if (before + row) % FEW == 0]
+            if rows:
+                inputs = {k: v[rows] if v.dim() else v for k, v in batch.inputs.items()}
+                found.append(Examples(inputs, slice(before, before + len(rows))))
+            before += len(batch)
+        return found
+
+    @property
+    def short(self) -> bool:
+        """Whether `few` is no fewer."""
+        return sum(map(len, self.few)) == sum(map(len, self.calibration))
 
     @property
     def digests(self) -> list[str]:
@@ -71,4 +92,12 @@ def read_text(
             f"{len(singles)} example was given; expected 2 or more: half of them to measure prices "
             "on, the others to judge by (longer texts, smaller tokens=)"
         )
-    return Text(together(singles[::2], batch_size), together(singles[1::2], batch_size))
+    longest = max(next(iter(one.inputs.values())).numel() for one in singles) if text else 1
+    fit = max(1, NUMBERS // (longest * _vocabulary(model)))
+    most = min(batch_size, fit) if text else batch_size
+    return Text(together(singles[::2], most), together(singles[1::2], most))
+
+
+def _vocabulary(model: nn.Module) -> int:
+    config: Any = getattr(model, "config", None)
+    return int(getattr(config, "vocab_size", 0) or 1)

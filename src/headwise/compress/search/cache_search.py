@@ -47,6 +47,7 @@ def search_cache(
     out: str | os.PathLike[str] | None = None,
     resume: bool = False,
     tell: Callable[[str], Any] | None = None,
+    step: Callable[[int, int, str], Any] | None = None,
 ) -> Curve:
     """The cache that costs least quality within a share of the bytes. The model stays as it is.
 

@@ -57,9 +57,11 @@ class CacheSettings:
 
     def __str__(self) -> str:
         bits = "" if self.bits is None else f"{self.bits} bits, "
-        if self.share >= 1:
+        shares = self.layers or (self.share,)
+        if min(shares) >= 1:
             return f"{bits}all tokens"
-        return f"{bits}{self.policy}, {self.shape} {self.share:.3g} of the tokens"
+        mean = sum(shares) / len(shares)
+        return f"{bits}{self.policy}, {self.shape} {mean:.3g} of the tokens"
 
     def budget(self, kv_heads: Sequence[int]) -> Budget:
         """What the cache is told to keep. kv_heads: of each layer."""

@@ -1,4 +1,4 @@
-"""One round of a search: which candidates go, and taking them out for good."""
+"""One round of a search: which candidates go, taking them out for good, making up for them."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from headwise.compress.search.asking import Text
 from headwise.compress.search.candidates import Candidate
 from headwise.compress.structure.channels import prune_channels
 from headwise.compress.structure.heads import prune_heads
 from headwise.compress.structure.layers import drop_layers
-from headwise.models import ModelView
+from headwise.compress.structure.recovery import compensate
+from headwise.models import ModelView, UnsupportedModelError
 
 WHOLE = ("attention", "mlp", "layers")
 """Kinds of which one goes in a round: two together cost more than the sum of their prices."""
@@ -65,6 +67,16 @@ def take_out(model: nn.Module, chosen: Sequence[Candidate]) -> None:
         layers = [c.layer for c in chosen if c.kind == kind]
         if layers:
             drop_layers(model, layers, parts="layer" if kind == "layers" else kind)
+
+
+def recover(model: nn.Module, original: nn.Module, text: Text, layers: Sequence[int]) -> None:
+    """Fit the matrices that are left to what the original gave on the calibration text. layers:
+    which of the original's each layer that is left was."""
+    few = [batch.inputs for batch in text.few]
+    try:
+        compensate(model, original, text.given, few, layers=layers)
+    except UnsupportedModelError:  # post-norm: attention and MLP do not add up
+        compensate(model, original, text.given, few, target="output", layers=layers)
 
 
 def _covers(taken: str, other: str) -> bool:

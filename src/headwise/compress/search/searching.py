@@ -3,40 +3,36 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from headwise.compress.search.asking import Text, read_text
 from headwise.compress.search.candidates import (
     KINDS,
     Candidate,
-    candidates,
     in_words,
     removable,
     sizes,
 )
+from headwise.compress.search.choosing import Step, Tell, choose, forget
 from headwise.compress.search.curve import Curve, Point, summary
 from headwise.compress.search.kept import Kept
-from headwise.compress.search.prices import prices
-from headwise.compress.search.quality import measure_quality
-from headwise.compress.search.rounds import pick, take_out
+from headwise.compress.search.points import point_of
+from headwise.compress.search.rounds import recover, take_out
 from headwise.compress.search.targets import Keep, Limit, UnreachableError
-from headwise.compress.search.timing import share_of_time
-from headwise.compress.structure.channels import channel_scores
 from headwise.compress.structure.costs import Cost, cost, length_of
-from headwise.compress.structure.recovery import compensate
 from headwise.instruments.run import evaluating
-from headwise.models import ModelView, UnsupportedModelError, view
+from headwise.models import view
 from headwise.models.identity import weights_hash
 
 __all__ = ["shrink"]
-
-Tell = Callable[[str], Any]
 
 
 def shrink(
@@ -58,6 +54,7 @@ def shrink(
     out: str | os.PathLike[str] | None = None,
     resume: bool = False,
     tell: Tell | None = None,
+    step: Step | None = None,
     seed: int = 0,
 ) -> Curve:
     """A smaller copy of a model within a budget, and the curve of how it came there.
@@ -69,10 +66,11 @@ def shrink(
     window, measured beside the original in turns) or "kv=0.25" (bytes of the key-value cache: the
     model stays, and `curve.cache` says which HeadCache to use; see `cache_search`).
 
-    In each of about `rounds` rounds every candidate is priced (the rise of the loss without it
-    alone, exactly) on one half of the text; the ones that cost least for what they save are taken
-    out, tensors sliced; with `recover` the matrices behind are fitted to the original's outputs on
-    the same half (closed form); and the model is measured on the other half. kinds: of what
+    In each of about `rounds` rounds candidates are priced (the rise of the loss without each alone)
+    on one half of the text: on a few windows those that are new or in layers that changed, on all
+    of it those that may be picked (see `choosing`). The ones that cost least for what they save are
+    taken out, tensors sliced; with `recover` the matrices behind are fitted to the original's
+    outputs on that half (closed form); the model is measured on the other half. kinds: of what
     candidates are, from "heads" (groups that share a key-value head), "channels", "attention",
     "mlp" and "layers". quality: a bound, see `Limit`; a round that breaks it is tried again with
     half of its candidates, down to one. distil: seconds of training on the original's answers at
@@ -81,6 +79,7 @@ def shrink(
     inputs, tokens, windows, tokenizer, processor: as in `headwise.see`, cut into windows (8 of 256
     tokens unless told otherwise); every other one is held out. out: a folder, in which curve.json
     and the model are kept after every round; with `resume` an interrupted search goes on there.
+    tell: called with lines that say what is done; step: with (done, all, what) while it is.
 
     The model itself is left as it is. Raises UnreachableError, before anything is changed, for a
     budget under what these kinds can reach, with the smallest share that can be; ValueError for
@@ -97,9 +96,12 @@ def shrink(
         from headwise.compress.search.cache_search import search_cache
 
         return search_cache(
-            model, target, text, limit, tokenizer=tokenizer, out=out, resume=resume, tell=tell
-        )
-    search = _Search(model, target, limit, text, tuple(kinds), rounds, recover, repeats, seed, tell)
+            model, target, text, limit, tokenizer=tokenizer, out=out, resume=resume, tell=tell,
+            step=step,
+        )  # fmt: skip
+    search = _Search(
+        model, target, limit, text, tuple(kinds), rounds, recover, repeats, seed, tell, step
+    )
     kept = Kept(out, search.asked(distil), resume)
     curve = kept.curve()
     if curve is None:
@@ -134,11 +136,13 @@ class _Search:
         repeats: int,
         seed: int,
         tell: Tell | None,
+        step: Step | None,
     ) -> None:
         self.original, self.target, self.limit, self.text = model, target, limit, text
         self.kinds, self.rounds, self.recover, self.repeats = kinds, rounds, recover, repeats
         self.seed = seed
         self.tell = tell or (lambda words: None)
+        self.step = step or (lambda done, total, words: None)
         self.current = model
         self.curve = Curve(target.what, target.share, [])
         self.first = cost(model, text.tokens)
@@ -172,6 +176,7 @@ class _Search:
 
     def begin(self) -> None:
         """The original is the first point; from here on a copy is worked on."""
+        self.tell("measuring the original")
         torch.manual_seed(self.seed)
         self.current = copy.deepcopy(self.original).eval()
         self.curve.original = {
@@ -198,12 +203,12 @@ class _Search:
         """Price, take out, fit, measure; one more point, or the end."""
         began = time.perf_counter()
         what, number = self.target.what, len(self.curve.points)
-        look = view(self.current)
-        scores = self._channels(look)
-        given = candidates(look, self.kinds, self.tokens, scores)
-        self.tell(f"round {number}: pricing {len(given)} candidates")
-        price = prices(look, self.text.calibration, given)
-        chosen = pick(given, price, what, self._need(), look)
+        known, names = self.curve.about.setdefault("prices", {}), self.curve.about["numbers"]
+        self.tell(f"round {number} of about {number - 1 + self._left()}")
+        chosen = choose(
+            view(self.current), self.text, self.kinds, self.tokens, what, self._need(), known,
+            names, self.tell, self.step,
+        )  # fmt: skip
         if not chosen:
             self._end("nothing is left that can go")
             return
@@ -216,10 +221,12 @@ class _Search:
             self.curve.points.append(point)
             self.tell(
                 f"round {number}: {what}={point.left[what]:.3f}, loss "
-                f"{point.quality.loss_change:+.4f}, without {summary(words)}"
+                f"{point.quality.loss_change:+.4f}, without {summary(words)}; "
+                f"{point.seconds:.0f} s"
             )
             if point.within:
                 self.curve.chosen = len(self.curve.points) - 1
+                forget(known, chosen, names)
                 self._count(chosen)
                 if point.left[what] <= self.target.share:
                     self._end("within the budget")
@@ -227,16 +234,6 @@ class _Search:
             self.current = before
             chosen = chosen[: len(chosen) // 2]
         self._end(f"{self.limit} allows no further step")
-
-    def _channels(self, look: ModelView) -> dict[int, Tensor] | None:
-        """Scores of the channels, None where they cannot go one by one: the rest still can."""
-        if "channels" not in self.kinds:
-            return None
-        try:
-            return channel_scores(look, self.text.given)
-        except UnsupportedModelError as error:
-            self.tell(f"channels stay: {error}")
-            return None
 
     def distil(self, seconds: float) -> None:
         """Train the chosen model on the original's answers; kept where that made it better."""
@@ -258,15 +255,8 @@ class _Search:
         gone = {one.layer for one in chosen if one.kind == "layers"}
         layers = [name for at, name in enumerate(self.curve.about["numbers"]) if at not in gone]
         if self.recover:
-            self._recover(layers)
-
-    def _recover(self, layers: list[int]) -> None:
-        """layers: which of the original's each layer that is left was."""
-        given = self.text.given
-        try:
-            compensate(self.current, self.original, given, layers=layers)
-        except UnsupportedModelError:  # post-norm: attention and MLP do not add up
-            compensate(self.current, self.original, given, target="output", layers=layers)
+            self.tell("fitting what is left")
+            recover(self.current, self.original, self.text, layers)
 
     def _count(self, chosen: Sequence[Candidate]) -> None:
         """What is left of every layer of the original, under its number there."""
@@ -285,27 +275,22 @@ class _Search:
         step = (1 - self.target.share) / self.rounds
         return min(step, max(left - self.target.share, 0.0)) * whole
 
+    def _left(self) -> int:
+        """Rounds that are left, about."""
+        step = (1 - self.target.share) / self.rounds
+        left = self.curve.best.left[self.target.what] - self.target.share
+        return max(1, math.ceil(left / step - 1e-6)) if step > 0 else 1
+
     def _work(self, known: Cost) -> float:
         """Multiplications a token."""
         return known.flops / 2 / self.tokens
 
     def _measured(self, model: nn.Module, took: tuple[str, ...], seconds: float) -> Point:
-        now = cost(model, self.text.tokens)
-        found = measure_quality(model, self.original, self.text.held_out)
-        ratio, _, theirs = share_of_time(model, self.original, self.text.held_out[0], self.repeats)
-        left = {
-            "params": now.parameters / self.first.parameters,
-            "bytes": now.bytes / self.first.bytes,
-            "flops": now.flops / self.first.flops,
-            "time": 1.0 if model is self.original else ratio,
-        }
-        if self.first.cache_bytes_per_token:
-            left["kv"] = now.cache_bytes_per_token / self.first.cache_bytes_per_token
-        self.curve.original.setdefault("seconds", theirs)
-        within = self.limit is None or self.limit.holds(
-            found.loss, found.loss_change, found.agreement, found.kl
+        point, theirs = point_of(
+            model, self.original, self.first, self.text, self.limit, self.repeats
         )
-        return Point(left, found, took, seconds, within)
+        self.curve.original.setdefault("seconds", theirs)
+        return replace(point, took=took, seconds=seconds)
 
     def _end(self, why: str) -> None:
         self.curve.about["done"] = why

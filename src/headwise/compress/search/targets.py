@@ -94,7 +94,8 @@ class Limit:
         ValueError."""
         if isinstance(given, Limit):
             return given
-        match = re.fullmatch(r"\s*(\w+)\s*(<=|>=)\s*(\+?)\s*(\d*\.?\d+)\s*", given)
+        number = r"(\d*\.?\d+(?:e[+-]?\d+)?)"  # also as a small bound is written: 1e-05
+        match = re.fullmatch(rf"\s*(\w+)\s*(<=|>=)\s*(\+?)\s*{number}\s*", given)
         fits = match and match[1] in QUALITY and (match[2] == ">=") == (match[1] == "agreement")
         if not match or not fits or (match[3] and match[1] != "loss"):
             raise ValueError(

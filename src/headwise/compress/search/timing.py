@@ -30,6 +30,13 @@ def share_of_time(
     return statistics.median(ratios), statistics.median(ours), statistics.median(theirs)
 
 
+def median_seconds(model: nn.Module, examples: Examples, repeats: int = 7) -> float:
+    """Of one forward pass, after one that does not count."""
+    with torch.no_grad():
+        found = [seconds(lambda: model(**examples.given)) for _ in range(repeats + 1)]
+    return statistics.median(found[1:])
+
+
 def seconds(run: Callable[[], object]) -> float:
     """Of one call, all work on a GPU included."""
     if torch.cuda.is_available():
