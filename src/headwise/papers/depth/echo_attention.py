@@ -234,10 +234,12 @@ def distillation_wins_back_half(make: Callable[[nn.Module], nn.Module], seed: in
 
 @picture
 def how_alike_layers_look() -> Picture:
-    """The cosine of two layers' maps."""
+    """The cosine of two layers' maps, where three layers were trained to be alike, and before
+    anything was trained."""
+    models = {"layers 2 to 4 trained alike": trained(0), "before training (control)": fresh(0)}
     return Picture(
-        title="Similarity of attention maps, six layers of which three were trained to be alike",
-        x="layer",
-        y="layer",
-        maps={"mean cosine": map_similarity(trained(0), texts()).tolist()},
+        title="How alike the attention maps of six layers look: mean cosine",
+        x="layer, 0 to 5",
+        y="layer, 0 to 5",
+        maps={name: map_similarity(one, texts()).tolist() for name, one in models.items()},
     )
