@@ -101,9 +101,9 @@ numbers take fewer bits, more tokens fit.</p>
 def _setting(known: dict[str, Any]) -> tuple[str, str, str, str]:
     """(tokens kept, bits, how they are spread, which stay)"""
     bits = "as computed" if known["bits"] is None else str(known["bits"])
-    if known["share"] >= 1 and not known["layers"]:
-        return "all", bits, "-", "-"
     layers = known["layers"] or [known["share"]]
+    if min(layers) >= 1:
+        return "all", bits, "-", "-"
     return f"{sum(layers) / len(layers):.0%}", bits, known["shape"], known["policy"]
 
 
