@@ -37,7 +37,7 @@ th, td { padding: .3rem .6rem; text-align: right; border-bottom: 1px solid var(-
   white-space: nowrap; font-variant-numeric: tabular-nums; vertical-align: baseline; }
 .first :is(th, td):first-child { text-align: left; white-space: normal; padding-left: 0;
   min-width: 7.5rem; }
-.first :is(th, td) { padding-inline: .4rem; } .first th { white-space: normal; }
+.first :is(th, td) { padding-inline: .6rem 0; } .first th { white-space: normal; }
 .tried :is(th, td):nth-child(n + 5) { text-align: left; }
 .last :is(th, td):last-child { text-align: left; white-space: normal; min-width: 14rem; }
 tr.chosen { font-weight: 600; } tr.refused { color: var(--hw-muted); }
