@@ -293,6 +293,12 @@ def a_multiplier_at_work() -> Picture:
     steps = list(range(len(state.spent)))
     lines = {
         "share of FLOPs": (steps, state.spent),
-        "z / 10": (steps, [z / 10 for z in state.prices]),
+        "multiplier z / 10": (steps, [z / 10 for z in state.prices]),
+        "budget": (steps[:: len(steps) - 1], [0.5, 0.5]),
     }
-    return Picture(title="A multiplier at work", x="step", y="share, z / 10", lines=lines)
+    return Picture(
+        title="The multiplier z of the budget climbs until the FLOPs are half of what they were",
+        x="training step",
+        y="share of FLOPs; z / 10",
+        lines=lines,
+    )
