@@ -47,6 +47,18 @@ def test_the_pace_of_a_resumed_run_is_its_own(time: Clock) -> None:
     assert stream.getvalue().splitlines()[1] == "901/1000  layer 9  16:30 left"
 
 
+def test_what_begins_anew_has_a_pace_of_its_own(time: Clock) -> None:
+    stream = io.StringIO()
+    with Progress(stream=stream) as shown:
+        for first, total in ((1, 10), (1, 20)):
+            for done in range(first, total + 1):
+                shown.step(done, total, "windows")
+                time.now += total
+    lines = stream.getvalue().splitlines()
+    assert "2/10  windows  1:20 left" in lines
+    assert "2/20  windows  6:00 left" in lines
+
+
 def test_quiet_says_only_what_may_be_wrong() -> None:
     stream = io.StringIO()
     with Progress(quiet=True, stream=stream) as shown:

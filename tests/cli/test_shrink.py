@@ -140,3 +140,63 @@ def test_what_generate_says_is_what_the_model_says(
             max_new_tokens=5, do_sample=False,
         )  # fmt: skip
     assert out.strip() == words.decode(found[0], skip_special_tokens=True).strip()
+
+
+def test_ctrl_c_says_how_to_go_on_and_going_on_ends_where_an_unbroken_search_ends(
+    llama: Path, text: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import shlex
+
+    from headwise.cli.progress import Progress
+
+    def points(folder: str) -> Any:
+        known = json.loads((Path(folder) / "curve.json").read_text("utf-8"))
+        return [(p["took"], p["quality"], p["left"]["params"]) for p in known["points"]]
+
+    asked = ["shrink", str(llama), "--keep", "params=0.8", "--text", str(text), *QUICK, "--out"]
+    assert main([*asked, "whole", "--quiet"]) == 0
+    capsys.readouterr()
+    told = Progress.note
+
+    def until(words: str) -> Any:
+        def note(self: Progress, line: str) -> None:
+            if line.startswith(words):
+                raise KeyboardInterrupt
+            told(self, line)
+
+        return note
+
+    monkeypatch.setattr(Progress, "note", until("measuring the original"))
+    assert main([*asked, "cut"]) == 130
+    assert "nothing was kept" in capsys.readouterr().err
+    monkeypatch.setattr(Progress, "note", until("round 2"))
+    assert main([*asked, "cut"]) == 130
+    said = capsys.readouterr().err
+    assert "pricing" in said
+    assert "candidates priced" in said
+    assert "interrupted; what was measured before is kept in cut. Go on with:" in said
+    command = shlex.split(said.splitlines()[-1])
+    assert command == ["headwise", *asked, "cut", "--resume"]
+    monkeypatch.setattr(Progress, "note", told)
+    assert main(command[1:]) == 0
+    assert points("cut") == points("whole")
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_measured(
+    llama: Path, text: Path, capsys: Capture
+) -> None:
+    Path("file").write_text("x")
+    for out in ("file/sub", "/proc/nowhere"):
+        line = refusal(capsys, "shrink", llama, "--keep", "params=0.9", "--text", text, "--out",
+                       out, "--quiet")  # fmt: skip
+        assert f"cannot write to {out}" in line
+        assert "--out" in line
+
+
+def test_two_budgets_are_one_too_many_and_a_refused_one_leaves_no_folder(
+    llama: Path, text: Path, capsys: Capture
+) -> None:
+    asked = ("shrink", llama, "--text", text, "--tokens", "24", "--out", "x", "--quiet", "--keep")
+    assert "2 budgets were given" in refusal(capsys, *asked, "params=0.9", "--keep", "kv=0.5")
+    assert "leaves params=" in refusal(capsys, *asked, "params=0.001")
+    assert not Path("x").exists()

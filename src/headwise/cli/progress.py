@@ -25,7 +25,7 @@ class Progress:
         self._bar: Bar | None = None
         self._task: TaskID | None = None
         self._began = self._said = 0.0
-        self._first = 0
+        self._first = self._last = self._total = 0
 
     def __enter__(self) -> "Progress":
         return self
@@ -54,8 +54,11 @@ class Progress:
         if self.quiet:
             return
         now = time.monotonic()
-        if not self._began:
-            self._began, self._first = now, done
+        if not self._began or done < self._last or total != self._total:  # something new begins
+            self._began, self._first, self._said = now, done, 0.0
+            if self._bar is not None and self._task is not None:
+                self._bar.reset(self._task, total=total, completed=done, description=what)
+        self._last, self._total = done, total
         if self.stream.isatty():
             self._draw(done, total, what)
             return

@@ -14,6 +14,7 @@ def add_shrink_options(shrink: argparse.ArgumentParser) -> None:
     shrink.add_argument(
         "--keep",
         required=True,
+        action="append",
         metavar="WHAT=SHARE",
         help="params=0.7, time=0.6 (of a forward pass) or kv=0.25 (bytes of the key-value cache): "
         "the share of the original that may be left",
