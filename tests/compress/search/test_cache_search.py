@@ -7,7 +7,7 @@ import torch
 from headwise.compress.search.asking import read_text
 from headwise.compress.search.cache_search import search_cache
 from headwise.compress.search.cache_settings import CacheSettings, cache_of, settings_of
-from headwise.compress.search.cached_reading import full_bytes, read_with_cache
+from headwise.compress.search.cached_reading import Remembered, full_bytes, read_with_cache
 from headwise.compress.search.searching import shrink
 from headwise.compress.search.targets import Keep, UnreachableError
 from headwise.models import UnsupportedModelError
@@ -90,3 +90,62 @@ def test_what_has_no_cache_or_no_room_is_refused() -> None:
     assert refused.value.reachable > 0.01
     with pytest.raises(UnsupportedModelError, match="no cache"):
         shrink(bert().eval(), "kv=0.5", ids(bert(), 4, 16))
+
+
+def test_a_search_that_is_killed_anywhere_measures_nothing_twice(tmp_path: Path) -> None:
+    """Also while it measures what each layer needs."""
+
+    class KilledError(Exception):
+        pass
+
+    model = llama(num_hidden_layers=3).eval()
+    text = read_text(model, ids(model, 4, 96))
+    told: list[str] = []
+    far: list[tuple[int, int]] = []
+    whole = search_cache(
+        model, Keep("kv", 0.6), text, tell=told.append, step=lambda n, m, w: far.append((n, m))
+    )
+    assert sum("needs" in words for words in told) == 3
+    assert [done for done, _ in far] == sorted(done for done, _ in far)
+    assert all(done <= total for done, total in far)
+    again: list[str] = []
+
+    def stop(words: str) -> None:
+        again.append(words)
+        raise KilledError
+
+    done = None
+    while done is None:  # a line is told when its thing is measured, so the next run begins after
+        try:
+            begun = (tmp_path / "curve.json").exists()
+            tell = stop if len(again) < 2 else again.append
+            done = search_cache(model, Keep("kv", 0.6), text, out=tmp_path, resume=begun, tell=tell)
+        except KilledError:
+            continue
+    assert done.about["needs"] == whole.about["needs"]
+    assert done.about["tried"] == whole.about["tried"]
+    assert done.cache == whole.cache
+
+
+def test_what_the_original_says_is_remembered_as_far_as_it_fits() -> None:
+    model = llama().eval()
+    batches = read_text(model, ids(model, 4, 20)).calibration
+    half = model(input_ids=batches[0].inputs["input_ids"]).logits[:, 10:].detach()
+    for most in (half.numel(), 0):
+        asked = Remembered(model, most)
+        with torch.no_grad():
+            first, second = asked(batches[0]), asked(batches[0])
+        assert (first is second) == bool(most)
+        torch.testing.assert_close(first, half, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(second, half, atol=1e-5, rtol=1e-5)
+
+
+def test_bytes_are_the_same_when_no_answer_is_asked_for() -> None:
+    model = llama().eval()
+    tokens = ids(model, 2, 64)
+    held = []
+    for answers in (True, False):
+        with torch.no_grad(), cache_of(model, CacheSettings("key norm", 0.5)) as cache:
+            read_with_cache(model, tokens, cache, answers=answers)
+            held.append(cache.nbytes())
+    assert held[0] == held[1]

@@ -66,11 +66,13 @@ def read_text(
     tokens: int | None = None,
     windows: int | None = None,
     batch_size: int = 8,
+    numbers: int = NUMBERS,
 ) -> Text:
     """Every other example for either purpose, in turns, so that both come from all of the text.
 
     inputs: as in `headwise.see`; None: the documentation of the installed Python, which needs a
-    tokenizer. Raises ValueError for fewer than two examples.
+    tokenizer. batch_size: at most so many together, of texts also no more than have `numbers`
+    logits. Raises ValueError for fewer than two examples.
     """
     if inputs is None:
         if tokenizer is None:
@@ -93,7 +95,7 @@ def read_text(
             "on, the others to judge by (longer texts, smaller tokens=)"
         )
     longest = max(next(iter(one.inputs.values())).numel() for one in singles) if text else 1
-    fit = max(1, NUMBERS // (longest * _vocabulary(model)))
+    fit = max(1, numbers // (longest * _vocabulary(model)))
     most = min(batch_size, fit) if text else batch_size
     return Text(together(singles[::2], most), together(singles[1::2], most))
 

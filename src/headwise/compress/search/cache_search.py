@@ -11,14 +11,22 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from headwise.compress.search.asking import Text
-from headwise.compress.search.cache_settings import POLICIES, CacheSettings, cache_of
-from headwise.compress.search.cached_reading import full_bytes, read_with_cache
+from headwise.compress.search.cache_settings import (
+    POLICIES,
+    CacheSettings,
+    bytes_of,
+    cache_of,
+    layered,
+    scaled,
+    settings_of,
+)
+from headwise.compress.search.cached_reading import Remembered, full_bytes, read_with_cache
 from headwise.compress.search.curve import Curve, Point
 from headwise.compress.search.kept import Kept
 from headwise.compress.search.quality import Quality, measure_quality
@@ -33,6 +41,8 @@ BITS = (None, 8, 4)
 _TRIES = 4
 LEVELS = (0.25, 0.5, 1.0, 2.0, 4.0)
 """Of the even share: what a layer may get instead."""
+NUMBERS = 2**28
+"""Logits of one batch of text: those of the prompt are not computed."""
 STEPS = (1.0, 0.75, 0.5, 0.35, 0.25, 0.175, 0.125, 0.0875, 0.0625)
 """Shares at which the curve is measured on the way down."""
 
@@ -59,7 +69,7 @@ def search_cache(
     does. Raises UnreachableError for a share under that of the sinks and the window,
     UnsupportedModelError for a model that has no such cache.
     """
-    search = _CacheSearch(model, target, limit, text, tell)
+    search = _CacheSearch(model, target, limit, text, tell, step)
     asked = {
         "model": weights_hash(model),
         "keep": str(target),
@@ -70,6 +80,7 @@ def search_cache(
     curve = kept.curve()
     if curve is not None:
         search.curve = curve
+        curve.about.setdefault("needs", [])
     with evaluating(model):
         while not search.curve.about.get("done"):
             search.next()
@@ -89,9 +100,11 @@ class _CacheSearch:
         limit: Limit | None,
         text: Text,
         tell: Callable[[str], Any] | None,
+        step: Callable[[int, int, str], Any] | None = None,
     ) -> None:
         self.model, self.target, self.limit, self.text = model, target, limit, text
-        self.tell = tell or (lambda words: None)
+        self.tell, self.step = tell or (lambda words: 0), step or (lambda *how_far: 0)
+        self._original = Remembered(model)
         look = view(model)
         if look.unembedding is None or not look.causal or len(look.stacks) > 1:
             raise UnsupportedModelError(
@@ -102,7 +115,8 @@ class _CacheSearch:
         self.width = 8 * next(model.parameters()).element_size()  # bits of a number
         self.bits = [bits for bits in BITS if bits is None or bits < self.width]
         self.curve = Curve("kv", target.share, [])
-        self.curve.about |= {"tried": {}, "settings": []}
+        self.curve.about |= {"tried": {}, "settings": [], "needs": []}
+        self._few = text.few
         tokens = text.tokens
         window = max(4, min(16, int(tokens * target.share) // 2))
         self.usual = CacheSettings(window=window, sinks=min(4, window))
@@ -118,13 +132,15 @@ class _CacheSearch:
 
     def next(self) -> None:
         """One more thing that is measured."""
-        waiting = [s for s in self._candidates() if str(s) not in self._tried]
+        waiting = [s for s in self._candidates() if str(s) not in self._tried()]
         if waiting:
             settings, share = self._fitted(waiting[0], self.target.share)
             loss = self._measured(settings, self.text.calibration)[0].loss_change
             found = {"settings": settings.as_dict(), "loss": loss, "kv": share}
-            self._tried[str(waiting[0])] = found
-            self.tell(f"kv={share:.3f}, loss {loss:+.4f}, {settings}")
+            self._tried()[str(waiting[0])] = found
+            self._say(f"kv={share:.3f}, loss {loss:+.4f}, {settings}")
+            return
+        if self._measure_a_layer():
             return
         best = self._best()
         shares = [s for s in STEPS if s > self.target.share * 1.05] + [self.target.share]
@@ -138,61 +154,83 @@ class _CacheSearch:
         if known is None or known not in self.curve.about["settings"]:  # else all tokens fit again
             self._point(asked)
         done.append(share)
+        self.step(*self._progress(), "settings measured")
 
-    @property
+    def _progress(self) -> tuple[int, int]:
+        """(what was measured, what will have been, about)"""
+        about = self.curve.about
+        done = len(about["tried"]) + len(about["needs"]) + len(about.get("shares", []))
+        shares = sum(s > self.target.share * 1.05 for s in STEPS) + 1
+        return done, max(done, len(self._first()) + 3 + self.layers + shares)
+
+    def _say(self, words: str) -> None:
+        self.tell("{} of about {}: ".format(*self._progress()) + words)
+        self.step(*self._progress(), "settings measured")
+
     def _tried(self) -> dict[str, Any]:
-        found: dict[str, Any] = self.curve.about["tried"]
-        return found
+        return cast(dict[str, Any], self.curve.about["tried"])
 
     def _at(self, settings: CacheSettings, share: float) -> CacheSettings:
         """The same in so many bytes, about."""
-        tokens = min(1.0, share / _bytes(settings.bits, self.width))
-        return _scaled(settings, tokens / settings.share)
+        tokens = min(1.0, share / bytes_of(settings.bits, self.width))
+        return scaled(settings, tokens / settings.share)
 
     def _candidates(self) -> list[CacheSettings]:
         """What is tried next, in order; later stages build on the best of the earlier ones."""
-        first = []
+        first = self._first()
+        if any(str(s) not in self._tried() for s in first):
+            return first
+        about = self.curve.about
+        if "base" not in about:
+            best = self._best()
+            if best.share >= 1:
+                return first
+            about["base"] = replace(best, shape="uniform", layers=()).as_dict()
+        base = settings_of(about["base"])
+        second = [replace(base, shape=shape) for shape in ("pyramid", "adaptive")]
+        if len(about["needs"]) < self.layers:
+            return first + second
+        shares = spread(self._levels(base), about["needs"], base.share)
+        return [*first, *second, layered(base, shares)]
+
+    def _first(self) -> list[CacheSettings]:
+        """Every policy at every width."""
+        found = []
         for bits in self.bits:
             for policy in POLICIES:
-                settings = self._at(
-                    replace(self.usual, policy=policy, bits=bits), self.target.share
-                )
-                first.append(settings)
+                asked = replace(self.usual, policy=policy, bits=bits)
+                settings = self._at(asked, self.target.share)
+                found.append(settings)
                 if settings.share >= 1:
                     break  # all tokens stay: no policy is asked
-        if any(str(s) not in self._tried for s in first):
-            return first
-        best = self._best()
-        if best.share >= 1:
-            return first
-        second = [replace(best, shape=shape, layers=()) for shape in ("pyramid", "adaptive")]
-        base = replace(best, shape="uniform", layers=())
-        if any(str(s) not in self._tried for s in second):
-            return first + second
-        return first + second + self._by_layer(base)
+        return found
 
-    def _by_layer(self, base: CacheSettings) -> list[CacheSettings]:
-        """The share of each layer by what it was measured to need, once."""
-        if "by_layer" not in self.curve.about:
-            levels = sorted({min(1.0, base.share * level) for level in LEVELS})
-            rises = []
-            for layer in range(self.layers):
-                self.tell(f"what layer {layer} needs")
-                row = []
-                for level in levels:
-                    shares = [1.0] * self.layers
-                    shares[layer] = level
-                    settings = _layered(base, shares)
-                    row.append(self._measured(settings, self.text.calibration)[0].loss_change)
-                rises.append(row)
-            self.curve.about["by_layer"] = spread(levels, rises, base.share)
-        return [_layered(base, self.curve.about["by_layer"])]
+    def _levels(self, base: CacheSettings) -> list[float]:
+        return sorted({min(1.0, base.share * level) for level in LEVELS})
+
+    def _measure_a_layer(self) -> bool:
+        """What the next layer needs: the loss with every share in it, all tokens in the others, on
+        a few windows. False where none is left, or none is asked for."""
+        about = self.curve.about
+        rows = about["needs"]
+        if "base" not in about or len(rows) == self.layers:
+            return False
+        base, few = settings_of(about["base"]), self._few
+        row = []
+        for level in self._levels(base):
+            shares = [1.0] * self.layers
+            shares[len(rows)] = level
+            if level < 1 or not rows:  # with all tokens it is the same in every layer
+                row.append(self._measured(layered(base, shares), few)[0].loss_change)
+            else:
+                row.append(rows[0][-1])
+        rows.append(row)
+        self._say(f"what layer {len(rows) - 1} needs: loss {row[0]:+.4f} with the fewest tokens")
+        return True
 
     def _best(self) -> CacheSettings:
-        from headwise.compress.search.cache_settings import settings_of
-
-        within = [one for one in self._tried.values() if one["kv"] <= self.target.share]
-        known = min(within or self._tried.values(), key=lambda one: one["loss"])
+        within = [one for one in self._tried().values() if one["kv"] <= self.target.share]
+        known = min(within or self._tried().values(), key=lambda one: one["loss"])
         return settings_of(known["settings"])
 
     def _fitted(self, settings: CacheSettings, share: float) -> tuple[CacheSettings, float]:
@@ -203,7 +241,7 @@ class _CacheSearch:
         for _ in range(_TRIES):
             if found <= share:
                 break
-            settings = _scaled(settings, 0.98 * share / found)
+            settings = scaled(settings, 0.98 * share / found)
             found = self._share(settings)
         return settings, found
 
@@ -211,7 +249,7 @@ class _CacheSearch:
         """Bytes of the cache at the end of one example, of those of a full one."""
         ids = self.text.calibration[0].inputs["input_ids"][:1]
         with torch.no_grad(), cache_of(self.model, settings) as cache:
-            read_with_cache(self.model, ids, cache)
+            read_with_cache(self.model, ids, cache, answers=False)
             held: int = cache.nbytes()
         return held / full_bytes(self.model, ids)
 
@@ -227,21 +265,27 @@ class _CacheSearch:
                 held.append(cache.nbytes() / full_bytes(model, batch.inputs["input_ids"]))
             return logits
 
-        quality = measure_quality(self.model, self.model, batches, answers)
+        quality = measure_quality(self.model, self.model, batches, answers, self._original)
         return quality, sum(held) / len(held)
 
     def _point(self, settings: CacheSettings | None) -> None:
         """One more point of the curve; None: the model with its own cache."""
         began = time.perf_counter()
         if settings is None:
-            quality = measure_quality(self.model, self.model, self.text.held_out, _second_half)
+            original = self._original
+            quality = measure_quality(
+                self.model,
+                self.model,
+                self.text.held_out,
+                lambda _, batch: original(batch),
+                original,
+            )
             share, words = 1.0, ""
         else:
             quality, share = self._measured(settings, self.text.held_out)
             words = str(settings)
-        within = self.limit is None or self.limit.holds(
-            quality.loss, quality.loss_change, quality.agreement, quality.kl
-        )
+        found = (quality.loss, quality.loss_change, quality.agreement, quality.kl)
+        within = self.limit is None or self.limit.holds(*found)
         took = (words,) if words else ()
         self.curve.points.append(
             Point({"kv": share}, quality, took, time.perf_counter() - began, within)
@@ -257,24 +301,3 @@ class _CacheSearch:
         self.curve.cache = self.curve.about["settings"][self.curve.chosen]
         why = "within the budget" if self.curve.met else f"{self.limit} allows no less"
         self.curve.about["done"] = why
-
-
-def _second_half(model: nn.Module, batch: Examples) -> Tensor:
-    ids = batch.inputs["input_ids"]
-    logits: Tensor = model(input_ids=ids).logits[:, ids.shape[1] // 2 :]
-    return logits
-
-
-def _bytes(bits: int | None, width: int) -> float:
-    """Share of the bytes that numbers of so many bits take, with their scales, about."""
-    return 1.0 if bits is None else (bits + 1.0) / width
-
-
-def _scaled(settings: CacheSettings, by: float) -> CacheSettings:
-    """So many times as many tokens, in every layer."""
-    layers = tuple(min(1.0, one * by) for one in settings.layers)
-    return replace(settings, share=min(1.0, settings.share * by), layers=layers)
-
-
-def _layered(base: CacheSettings, shares: Sequence[float]) -> CacheSettings:
-    return replace(base, shape="by layer", layers=tuple(float(share) for share in shares))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from typing import Any
 
@@ -106,3 +106,18 @@ def cache_of(model: nn.Module, settings: CacheSettings | Mapping[str, Any]) -> H
         step=asked.step,
         slack=asked.slack,
     )
+
+
+def bytes_of(bits: int | None, width: int) -> float:
+    """Share of the bytes that numbers of so many bits take, with their scales, about."""
+    return 1.0 if bits is None else (bits + 1.0) / width
+
+
+def scaled(settings: CacheSettings, by: float) -> CacheSettings:
+    """So many times as many tokens, in every layer."""
+    layers = tuple(min(1.0, one * by) for one in settings.layers)
+    return replace(settings, share=min(1.0, settings.share * by), layers=layers)
+
+
+def layered(base: CacheSettings, shares: Sequence[float]) -> CacheSettings:
+    return replace(base, shape="by layer", layers=tuple(float(share) for share in shares))

@@ -62,10 +62,12 @@ def measure_quality(
     original: nn.Module,
     batches: Sequence[Examples],
     answers: Answers = plain_answers,
+    known: Callable[[Examples], Tensor] | None = None,
 ) -> Quality:
     """The changed `model` beside `original`, each window read by itself.
 
-    answers: how the changed model is asked; the original always is by `plain_answers`. Labels among
+    answers: how the changed model is asked. known: what the original says to a batch, from memory;
+    else it is asked by `plain_answers`. Fewer rows than n are the last ones. Labels among
     the inputs are what is predicted where they are given, else the next token. Raises ValueError
     where there is nothing to predict.
     """
@@ -74,12 +76,13 @@ def measure_quality(
         for batch in batches:
             changed = answers(model, batch)
             same = model is original and answers is plain_answers
-            known = changed if same else plain_answers(original, batch)
+            said = plain_answers(original, batch) if known is None and not same else changed
+            said = said if known is None else known(batch)
             for row in range(len(batch)):
-                targets = _targets(batch, row, known)
-                a, b = (x[row] if x.dim() == 3 else x[row : row + 1] for x in (known, changed))
-                asked = len(b)
-                rows.append(_compare(a[-asked:], b, targets[-asked:]))
+                targets = _targets(batch, row, said)
+                a, b = (x[row] if x.dim() == 3 else x[row : row + 1] for x in (said, changed))
+                asked = min(len(a), len(b))
+                rows.append(_compare(a[-asked:], b[-asked:], targets[-asked:]))
     before, after, agreement, kl = (list(column) for column in zip(*rows, strict=True))
     changes = [b - a for a, b in zip(before, after, strict=True)]
     count = len(rows)

@@ -91,14 +91,16 @@ def shrink(
     if rounds < 1 or repeats < 1 or distil < 0:
         told = f"rounds={rounds}, repeats={repeats}, distil={distil}"
         raise ValueError(f"{told}: expected 1 or more, and no negative time")
-    text = read_text(model, inputs, tokenizer, processor, tokens, windows, batch_size)
+    reading = (model, inputs, tokenizer, processor, tokens, windows, batch_size)
     if target.what == "kv":
-        from headwise.compress.search.cache_search import search_cache
+        from headwise.compress.search.cache_search import NUMBERS, search_cache
 
+        text = read_text(*reading, NUMBERS)
         return search_cache(
             model, target, text, limit, tokenizer=tokenizer, out=out, resume=resume, tell=tell,
             step=step,
         )  # fmt: skip
+    text = read_text(*reading)
     search = _Search(
         model, target, limit, text, tuple(kinds), rounds, recover, repeats, seed, tell, step
     )
