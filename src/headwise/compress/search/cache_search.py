@@ -286,12 +286,9 @@ class _CacheSearch:
             words = str(settings)
         found = (quality.loss, quality.loss_change, quality.agreement, quality.kl)
         within = self.limit is None or self.limit.holds(*found)
-        took = (words,) if words else ()
-        self.curve.points.append(
-            Point({"kv": share}, quality, took, time.perf_counter() - began, within)
-        )
-        known = None if settings is None else settings.as_dict()
-        self.curve.about["settings"].append(known)
+        took, seconds = (words,) if words else (), time.perf_counter() - began
+        self.curve.points.append(Point({"kv": share}, quality, took, seconds, within))
+        self.curve.about["settings"].append(None if settings is None else settings.as_dict())
         self.tell(f"kv={share:.3f}, loss {quality.loss_change:+.4f}, {words or 'the original'}")
 
     def _choose(self) -> None:
