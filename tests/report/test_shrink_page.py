@@ -135,6 +135,16 @@ def test_the_first_table_has_units_and_what_was_asked(tmp_path: Path) -> None:
     assert "Refused points" in text
     made.points.pop()
     assert "Refused points" not in write_shrink(made, tmp_path / "b.html", "m").read_text("utf-8")
+    made.original["params"] = 7e9
+    assert "<td>7 B</td><td>5.6 B</td>" in write_shrink(made, tmp_path / "c.html", "m").read_text()
+
+
+def test_the_original_alone_is_no_curve(tmp_path: Path) -> None:
+    made = curve()
+    made.points, made.chosen = made.points[:1], 0
+    text = write_shrink(made, tmp_path / "a.html", "m").read_text("utf-8")
+    assert "What it costs" not in text
+    assert "the original" in text
 
 
 def test_a_budget_that_was_met_is_told_as_that() -> None:

@@ -66,7 +66,9 @@ def write_shrink(
 def _page(curve: Curve, title: str, command: str | None) -> str:
     dark = f"@media (prefers-color-scheme: dark) {{ :root {{ {DARK} }} }}"
     style = f":root {{ color-scheme: light dark; {LIGHT} }} {dark} {STYLE} {_PAGE}"
-    drawn = "".join(curve_picture(curve, name) for name in ("loss_change", "agreement"))
+    # a point alone is no curve
+    names = ("loss_change", "agreement") if len(curve.points) > 1 else ()
+    drawn = "".join(curve_picture(curve, name) for name in names)
     remains = remains_picture(curve)
     layers = f"<h2>What is left of every layer</h2>{remains}" if remains else ""
     counted = "; ".join(_COUNTED[name] for name in curve.points[0].left)

@@ -13,7 +13,7 @@ __all__ = ["outcome", "points", "tried"]
 _COUNTED = {
     "params": ("params", "parameters", ""),
     "bytes": ("bytes", "bytes of the weights", "B"),
-    "flops": ("flops", "operations of a forward pass", ""),
+    "flops": ("flops", "operations of a forward pass", "FLOP"),
     "time": ("seconds", "seconds of a forward pass", "s"),
     "kv": ("kv", "bytes of the key-value cache, a token", "B"),
 }
@@ -117,10 +117,10 @@ def _cells(words: str, *figures: str) -> str:
 
 
 def _short(value: float, unit: str) -> str:
-    """1,869,504 as 1.87 M."""
+    """1,869,504 as 1.87 M; without a unit, a billion is B."""
     if unit == "s":
         return f"{value:#.3g}".rstrip(".") + " s"
-    for size, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+    for size, letter in ((1e12, "T"), (1e9, "G" if unit else "B"), (1e6, "M"), (1e3, "k")):
         if value >= size:
             return f"{value / size:.3g} {letter}{unit}"
     return f"{value:.0f}{' ' * bool(unit)}{unit}"
