@@ -24,7 +24,7 @@ from headwise.compress.tokens.matching import Similarity, averaged, cosines, mat
 from headwise.compress.tokens.record import Record
 from headwise.compress.tokens.reduction import joined
 from headwise.compress.tokens.sight import Sight, with_special
-from headwise.papers import Measured, at_least, at_most, claim, paper
+from headwise.papers import Measured, Picture, at_least, at_most, claim, paper, picture
 from headwise.papers.digit_readers import held_out_digits, trained_reader
 
 
@@ -218,3 +218,31 @@ def fusing_hardly_moves_the_answer(make: Make, seed: int) -> Measured:
     divergence = (whole.exp() * (whole - less)).sum(-1).mean()
     same = (whole.argmax(-1) == less.argmax(-1)).float().mean()
     return at_most(float(divergence), 0.15, same=float(same))
+
+
+@picture
+def divergence_by_fused() -> Picture:
+    """How far the answer moves as more patches are fused away before the first layer."""
+    model, (images, _) = trained_reader(0), held_out_digits()
+    counts = [2, 4, 6, 8, 10, 12]
+    ways: dict[str, Make] = {
+        "three criteria (MCTF)": MultiCriteria,
+        "similarity (control)": by_similarity,
+        "drawn pairs (control)": AnyPairs,
+    }
+    lines: dict[str, tuple[list[int], list[float]]] = {}
+    with torch.no_grad():
+        whole = model(images).log_softmax(-1)
+        for name, make in ways.items():
+            moved = []
+            for count in counts:
+                with mctf(model, count, (0,), make()):
+                    less = model(images).log_softmax(-1)
+                moved.append(float((whole.exp() * (whole - less)).sum(-1).mean()))
+            lines[name] = (counts, moved)
+    return Picture(
+        title="How far a digit reader's answer moves as patches are fused, without training",
+        x="patches of 16 fused away",
+        y="KL from all patches, nats",
+        lines=lines,
+    )
