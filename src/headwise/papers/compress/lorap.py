@@ -32,7 +32,7 @@ from headwise.instruments.metrics import metric_of
 from headwise.models import LayerView, ModelView, view
 from headwise.models.prefix import logits_of
 from headwise.models.projections import features_first
-from headwise.papers import Measured, at_most, claim, paper
+from headwise.papers import Measured, Picture, at_most, claim, paper, picture
 from headwise.papers.embedded import embedded_model, embedded_text
 
 Inputs = dict[str, Tensor]
@@ -280,3 +280,20 @@ def the_least_important_hundredth_matters(shrink: Shrink, seed: int) -> Measured
     """Half of the channels gone: keeping the least important 1 % lowers KL by 2 % or more."""
     given = _price(shrink, seed, 0.5, ("mlp",))
     return at_most(given / _price(sparing_none, seed, 0.5, ("mlp",)), 0.98)
+
+
+@picture
+def kl_by_share() -> Picture:
+    """What predictions lose by the share of parameters that is kept."""
+    shares = [0.5, 0.6, 0.7, 0.8, 0.9]
+    ways: dict[str, Shrink] = {
+        "LoRAP": lorap,
+        "plain SVD (control)": by_plain_svd,
+        "all low rank (control)": all_low_rank,
+    }
+    return Picture(
+        title="What a smaller copy of the embedded model loses",
+        x="share of layers' parameters kept",
+        y="KL from the model, nats a token",
+        lines={name: (shares, [_price(way, 0, s) for s in shares]) for name, way in ways.items()},
+    )
