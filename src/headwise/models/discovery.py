@@ -232,7 +232,8 @@ def _end(attention: AttentionView) -> nn.Module:
 
 def _mlp(layer: nn.Module) -> nn.Module | None:
     for name, module in layer.named_modules():
-        is_one = not projections.is_projection(module) and any(True for _ in module.parameters())
+        holds = any(True for _ in (*module.parameters(), *module.buffers()))  # or codes
+        is_one = holds and not projections.is_projection(module)
         if name.rpartition(".")[2] in naming.MLPS and is_one:
             return module
     return None

@@ -8,7 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from headwise.compress.structure.nothing import NoMixer
-from headwise.compress.structure.slicing import add_bias, keep_along, keep_columns, keep_rows
+from headwise.compress.structure.slicing import (
+    add_bias,
+    check_sliceable,
+    keep_along,
+    keep_columns,
+    keep_rows,
+)
 from headwise.compress.structure.surgery import put
 from headwise.maps import Alibi as Slopes
 from headwise.models.errors import UnsupportedModelError
@@ -91,6 +97,8 @@ def plan_built(view: AttentionView, module: Attention, removed: set[int]) -> Bui
     found = view.projections
     if isinstance(found, str):
         raise UnsupportedModelError(f"{view.name}: {found}")
+    for one in (found.query.module, found.key.module, found.value.module, module.merge.linear):
+        check_sliceable(one, view.name)
     inner = module.project.inner if isinstance(module.project, Reread) else module.project
     parts = [inner, *(part for part in module.parts() if part is not module.project)]
     for part in parts:

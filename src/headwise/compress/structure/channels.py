@@ -14,7 +14,7 @@ from headwise.compress.step import Step, take
 from headwise.compress.structure.feeds import FeedForward, feed_forward, layers_of
 from headwise.compress.structure.nothing import NoFeedForward
 from headwise.compress.structure.real import real_tokens
-from headwise.compress.structure.slicing import add_bias, keep_columns, keep_rows
+from headwise.compress.structure.slicing import add_bias, keep_along, keep_columns, keep_rows
 from headwise.compress.structure.surgery import put
 from headwise.instruments.examples import model_view, read_examples
 from headwise.instruments.run import evaluating
@@ -173,6 +173,7 @@ def _planned(look: ModelView, step: PruneChannels) -> list[tuple[FeedForward, li
             raise ValueError(
                 f"layer {at} has channels 0 to {feed.channels - 1}; it has no channel {wrong[0]}"
             )
+        feed.check_sliceable()
         same = [i for i, one in layers.items() if one.module is layers[at].module]
         if len(same) > 1 and any(given.get(i) != removed for i in same):
             raise ValueError(
@@ -197,4 +198,6 @@ def _cut(feed: FeedForward, kept: list[int], bias: bool, model: nn.Module) -> No
     for up in feed.ups:
         keep_rows(up, feed.rows(up, kept))
     keep_columns(feed.down, kept)
+    if feed.thresholds is not None:
+        keep_along(feed.thresholds, "thresholds", kept, 0)
     feed.say_count(len(kept))

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
+from headwise.compress.structure.slicing import check_sliceable
 from headwise.models.errors import UnsupportedModelError
 from headwise.models.projections import child, features_first, is_projection
 from headwise.models.spots import down_projection
@@ -46,6 +47,17 @@ class FeedForward:
     ups: tuple[nn.Module, ...]
     down: nn.Module
     channels: int
+
+    @property
+    def thresholds(self) -> nn.Module | None:
+        """What holds a threshold for every channel, as `threshold_activations` makes it."""
+        found = self.layer.mlp
+        return found if isinstance(getattr(found, "thresholds", None), Tensor) else None
+
+    def check_sliceable(self) -> None:
+        """Raises UnsupportedModelError for matrices that cannot be cut."""
+        for module in (*self.ups, self.down):
+            check_sliceable(module, f"layer {self.layer.index}")
 
     def rows(self, up: nn.Module, kept: list[int]) -> list[int]:
         """The output features of `up` that belong to some channels."""

@@ -17,7 +17,7 @@ from headwise.compress.structure.moments import body_of, run, stopping, tokens_o
 from headwise.compress.structure.sharing import modules_of
 from headwise.instruments.examples import Examples, model_view, read_examples
 from headwise.instruments.run import evaluating
-from headwise.models import ModelView
+from headwise.models import ModelView, UnsupportedModelError
 from headwise.models.layers import first_tensor
 
 
@@ -101,6 +101,11 @@ def fuse_layer(
     span = range(first, first + group + 1)
     neighbours = [place for place in span if place != layer]
     pairs = [pair for place in neighbours for pair in _pairs(modules[place], modules[layer], place)]
+    if not pairs:
+        raise UnsupportedModelError(
+            f"the layers around layer {layer} hold no matrix of floats that could take in its "
+            "weights: fuse first, and change the matrices that stay afterwards"
+        )
     name = stack or look.stacks[0]
     blocks = [one.module for one in look.layers if one.stack == name]
     batches = read_examples(look.model, inputs, batch_size=batch_size, **reading)

@@ -13,7 +13,7 @@ from headwise.compress.structure.depth import say_depth
 from headwise.compress.structure.feeds import feed_forward, layers_of
 from headwise.compress.structure.nothing import NoFeedForward, NoMixer
 from headwise.compress.structure.relative import move_table
-from headwise.compress.structure.slicing import keep_columns, keep_rows
+from headwise.compress.structure.slicing import check_sliceable, keep_columns, keep_rows
 from headwise.compress.structure.surgery import check_replaceable, put, returns, take_out
 from headwise.instruments.examples import model_view
 from headwise.models import ModelView, view
@@ -96,7 +96,7 @@ def _checked(look: ModelView, step: DropLayers) -> list[LayerView]:
         _droppable(look, gone, mine)
     for layer in gone:
         if step.parts == "mlp":
-            feed_forward(layer) if layer.mlp is None else returns(layer.mlp)
+            feed_forward(layer).check_sliceable() if layer.mlp is None else returns(layer.mlp)
         if step.parts == "attention":
             for attention in _attentions([layer]):
                 found = attention.projections
@@ -109,6 +109,8 @@ def _checked(look: ModelView, step: DropLayers) -> list[LayerView]:
                         f"{attention.name}: no output projection was found, so that it is not "
                         "known what it adds to the residual"
                     )
+                if all(one is not output for one in attention.module.modules()):
+                    check_sliceable(output, attention.name)
     if step.parts == "attention" and len(_attentions(gone)) < len(gone):
         raise ValueError("some of these layers have no self-attention (any more)")
     return gone

@@ -33,7 +33,7 @@ PARTS = ("attention", "mlp")
 class Recovery:
     """What `compensate` did. before, after: mean KL(original || model) in nats on the test
     inputs. fits: name of a matrix -> what its fit did. skipped: "layer 3 mlp" and the like, parts
-    that no single matrix ends."""
+    that no single matrix of floats ends."""
 
     before: float
     after: float
@@ -148,9 +148,12 @@ def _jobs(
             )
         for part in (part for part in PARTS if part in parts):
             matrix = _end_of(layer, part)
-            if matrix is None or not features_first(matrix).numel():  # its part is gone
+            last = matrix.up if isinstance(matrix, LowRank) else matrix
+            # its part is gone, or it has few bits and no matrix that could be fitted
+            if last is None or not is_matrix(last) or not features_first(last).numel():
                 skipped.append(f"layer {layer.index} {part}")
             else:
+                assert matrix is not None
                 jobs.append((place, part, names[id(matrix)]))
     return jobs, skipped
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import DynamicCache, StaticCache
+from transformers import DynamicCache, EncoderDecoderCache, StaticCache
 from transformers.cache_utils import Cache, DynamicLayer
 
 from headwise.models.errors import UnsupportedModelError
@@ -66,6 +66,8 @@ def _checked(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
             "its keys cannot be shared: call the model with use_cache=False"
         )
     cache = kwargs.get(NAME)
+    if isinstance(cache, EncoderDecoderCache):  # self-attentions alone share maps
+        cache = cache.self_attention_cache
     # one that listens already: layers began to share this source at different times
     if cache is None or isinstance(cache, DynamicCache | StaticCache | _Wrapped):
         return cache

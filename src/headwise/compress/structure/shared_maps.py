@@ -56,7 +56,8 @@ def share_attention(model: nn.Module, sources: Mapping[int, int]) -> None:
     """Let layers use the attention map of an earlier one, in place: {layer: source layer}.
 
     W_Q and W_K of these layers are gone, and their keys are not cached (for transformers models:
-    in DynamicCache and StaticCache; another cache is refused when it is handed over). W_V and W_O
+    in DynamicCache and StaticCache, alone or beside an encoder's; another cache is refused when it
+    is handed over). W_V and W_O
     stay. `headwise.save` keeps it. For models with separate projections (Llama and its kin), with
     a fused [queries | keys | values] one (GPT-2) and for attentions of `headwise.parts`. Other
     changes of these layers (pruned heads) come first: what is shared has one owner.

@@ -8,8 +8,19 @@ import torch
 from torch import Tensor, nn
 
 from headwise.compress.structure.low_rank import LowRank
+from headwise.models.errors import UnsupportedModelError
 
 _COUNTS = {"rows": ("out_features", "nf"), "columns": ("in_features", "nx")}
+
+
+def check_sliceable(module: nn.Module, where: str) -> None:
+    """Raises UnsupportedModelError for what holds no float matrix that could be cut."""
+    for part in (module.up, module.down) if isinstance(module, LowRank) else (module,):
+        if "weight" not in part._parameters:
+            raise UnsupportedModelError(
+                f"{where}: a {type(part).__name__} cannot be cut: take heads and channels out "
+                "first, and change the matrices that stay afterwards"
+            )
 
 
 def keep_rows(module: nn.Module, rows: Sequence[int]) -> None:

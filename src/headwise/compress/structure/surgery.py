@@ -15,7 +15,13 @@ from headwise.compress.structure.counts import say_counts
 from headwise.compress.structure.groups import caches_of, read_equally, read_unequally
 from headwise.compress.structure.nothing import NoAttention
 from headwise.compress.structure.relative import keep_biases, own_zeros, takes_relative_bias
-from headwise.compress.structure.slicing import add_bias, keep_along, keep_columns, keep_rows
+from headwise.compress.structure.slicing import (
+    add_bias,
+    check_sliceable,
+    keep_along,
+    keep_columns,
+    keep_rows,
+)
 from headwise.models.errors import UnsupportedModelError
 from headwise.models.projections import Part, Projections
 from headwise.models.structure import AttentionView
@@ -65,6 +71,8 @@ def plan(view: AttentionView, removed: set[int]) -> Cut:
         raise UnsupportedModelError(
             f"{view.name}: {view.observable}, and what else in it counts heads is not known"
         )
+    for part in (found.query.module, found.key.module, found.value.module, found.output):
+        check_sliceable(part, view.name)
     of = found.key.read or tuple(h // (view.heads // found.key.heads) for h in range(view.heads))
     queries = [h for h in range(view.heads) if h not in removed]
     keys = sorted({of[h] for h in queries})
