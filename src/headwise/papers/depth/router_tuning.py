@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from headwise.compress import open_share, route_attention, router_parameters
 from headwise.compress.structure.layer_routers import routers_of
 from headwise.models.backbones import Decoder
-from headwise.papers import Measured, at_most, claim, paper, within
+from headwise.papers import Measured, Picture, at_most, claim, paper, picture, within
 from headwise.parts import Attention, Mlp, Rotary
 from headwise.tasks import PythonManual
 from headwise.tasks.task import Task
@@ -246,3 +246,20 @@ def what_is_closed_is_not_cached(make: Callable[[int], Any], seed: int) -> Measu
             one(texts(), states=states)
         held.append(sum(state.nbytes() for state in states))
     return within(held[0] / held[1], open_layers(seed) / DEPTH, 1e-6)
+
+
+@picture
+def loss_by_open_attentions() -> Picture:
+    """The loss with attentions chosen by routers, and with as many or others drawn at random."""
+    counts = list(range(DEPTH + 1))
+    drawn = [[loss(model) for model in by_chance(0, count, 0)] for count in counts]
+    return Picture(
+        title="Eight attentions, of which some run: chosen by routers, and drawn",
+        x="attentions that run, mean over texts",
+        y="loss on other text, nats",
+        lines={
+            "drawn, mean of 5 (control)": (counts, [sum(one) / len(one) for one in drawn]),
+            "drawn, best of 5": (counts, [min(one) for one in drawn]),
+            "routers": ([open_layers(0)], [loss(tuned(0))]),
+        },
+    )
