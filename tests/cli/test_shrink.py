@@ -6,14 +6,31 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import BertConfig, BertForMaskedLM
 
 import headwise
 from headwise.cli import main
+from tests.cli import tiny
 from tests.cli.command import refusal, spawn
 
 Capture = pytest.CaptureFixture[str]
 pytestmark = pytest.mark.usefixtures("offline_and_elsewhere")
 QUICK = ("--rounds", "2", "--repeats", "1", "--tokens", "24", "--windows", "8")
+
+
+@pytest.fixture
+def gpt2(tmp_path: Path) -> Path:
+    return tiny.gpt2(tmp_path / "tiny-gpt2")
+
+
+@pytest.fixture
+def bert(tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(tiny.tokenizer()), hidden_size=32, intermediate_size=48,
+        num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=64,
+    )  # fmt: skip
+    return tiny.save(BertForMaskedLM(config), tmp_path / "tiny-bert")
 
 
 def test_a_smaller_model_its_curve_and_its_page(llama: Path, text: Path, tmp_path: Path) -> None:
@@ -200,3 +217,47 @@ def test_two_budgets_are_one_too_many_and_a_refused_one_leaves_no_folder(
     assert "2 budgets were given" in refusal(capsys, *asked, "params=0.9", "--keep", "kv=0.5")
     assert "leaves params=" in refusal(capsys, *asked, "params=0.001")
     assert not Path("x").exists()
+
+
+def test_what_was_made_smaller_is_seen_and_made_smaller_again(
+    llama: Path, text: Path, capsys: Capture
+) -> None:
+    """By the folder of the search, and by that of its model; layers are unequal in it."""
+    more = ("--text", text, *QUICK, "--quiet")
+    asked = ("shrink", llama, "--keep", "params=0.85", "--out", "one", *more)
+    assert main([str(one) for one in asked]) == 0
+    model = headwise.load("one/model")
+    whole = sum(p.numel() for p in model.parameters())
+    again = ("shrink", "one", "--keep", "params=0.9", "--out", "two", *more)
+    assert main([str(one) for one in again]) == 0
+    assert "one: Reached params=0.9" in capsys.readouterr().out
+    smaller = headwise.load("two/model")
+    assert sum(p.numel() for p in smaller.parameters()) <= 0.9 * whole
+    for folder in ("one", "one/model"):
+        place = f"seen-{folder.replace('/', '-')}"
+        seen = ("see", folder, "--text", text, "--tokens", "24", "--quiet", "--out", place)
+        assert main([str(one) for one in seen]) == 0
+        assert capsys.readouterr().out.startswith("one: ")
+    caused = ("cause", "one", "--text", text, "--tokens", "24", "--quiet", "--atlas", "seen-one")
+    assert main([str(one) for one in caused]) == 0
+    Path("two/model/headwise.json").write_text("{")
+    assert "damaged" in refusal(capsys, *again[:1], "two", *again[2:5], "three", *more)
+
+
+def test_more_tokens_than_positions_are_refused_and_the_usual_number_fits(
+    gpt2: Path, text: Path, capsys: Capture
+) -> None:
+    asked = ("shrink", gpt2, "--text", text, "--out", "x", "--quiet", "--keep", "params=0.9")
+    assert "positions for" in refusal(capsys, *asked, "--tokens", "100000")
+    prompt = "A head " * 2000
+    assert "positions for" in refusal(capsys, "generate", gpt2, "--prompt", prompt, "--quiet")
+
+
+def test_an_encoder_is_made_smaller_and_asked_for_no_text(
+    bert: Path, text: Path, capsys: Capture
+) -> None:
+    asked = ("shrink", bert, "--text", text, "--out", "x", *QUICK, "--quiet", "--keep")
+    assert "no cache" in refusal(capsys, *asked, "kv=0.5")
+    assert main([str(one) for one in (*asked, "params=0.9")]) == 0
+    assert "headwise generate" not in capsys.readouterr().out
+    assert "does not go on" in refusal(capsys, "generate", "x", "--prompt", "A head", "--quiet")

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -9,25 +10,38 @@ from typing import Any
 from headwise.cli.errors import UserError
 from headwise.cli.progress import Progress
 
-MANIFEST = "headwise.json"
-
 
 def run(options: argparse.Namespace) -> int:
     """Load, generate, print the text as it comes."""
     folder, curve = _found(options.folder.expanduser())
-    if options.temperature < 0:
+    if not 0 <= options.temperature < math.inf:
         raise UserError(f"--temperature {options.temperature}: expected 0 or more")
     prompt = sys.stdin.read() if options.prompt is None else options.prompt
     if not prompt.strip():
         raise UserError("the prompt is empty; give --prompt TEXT, or text on the standard input")
+    from headwise.cli.loading import load_to_answer
+    from headwise.cli.sources import model_source
+
     with Progress(quiet=options.quiet) as progress:
-        model, tokenizer = _loaded(folder, options, progress)
+        loaded = load_to_answer(model_source(str(folder), options.gguf_file), options, progress)
+        model, tokenizer = loaded.model, loaded.tokenizer
+        if not (hasattr(model, "generate") and model.can_generate()):
+            raise UserError(
+                f"{folder} holds a {type(model).__name__}, which does not go on from a text; "
+                "expected a model that generates"
+            )
         cache = _cache(model, curve)
     import torch
     from transformers import TextStreamer
 
     torch.manual_seed(options.seed)
     inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+    length, room = inputs["input_ids"].shape[1], loaded.positions
+    if room is not None and length + options.tokens > room:
+        raise UserError(
+            f"the prompt is {length} tokens and {options.tokens} are to follow, but {folder} has "
+            f"positions for {room}; give a shorter prompt, or fewer --tokens"
+        )
     sampling: dict[str, Any] = {"do_sample": options.temperature > 0}
     if options.temperature > 0:
         sampling["temperature"] = options.temperature
@@ -61,31 +75,6 @@ def _found(folder: Path) -> tuple[Path, dict[str, Any]]:
         state = "its search was interrupted: headwise shrink --resume" if curve else "it has none"
         raise UserError(f"{folder} holds no model ({state})")
     return inner, curve
-
-
-def _loaded(folder: Path, options: argparse.Namespace, progress: Progress) -> tuple[Any, Any]:
-    from headwise.cli.loading import chosen_device, load_as_told, quiet_transformers
-    from headwise.cli.sources import model_source
-
-    if not (folder / MANIFEST).is_file():
-        found = load_as_told(model_source(str(folder), options.gguf_file), options, progress)
-        return found.model, found.tokenizer
-    progress.note(f"loading {folder}")
-    transformers = quiet_transformers()
-    import torch
-
-    from headwise.compress.saving import load
-
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
-    device = chosen_device(options.device)
-    dtype = getattr(torch, options.dtype) if options.dtype not in (None, "auto") else None
-    try:
-        model = load(folder, device=device, dtype=dtype).eval()
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder} cannot be loaded: {error}") from error
-    return model, tokenizer
 
 
 def _cache(model: Any, curve: dict[str, Any]) -> Any:

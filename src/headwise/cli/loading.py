@@ -4,11 +4,12 @@ import argparse
 import os
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from headwise.cli.errors import UserError, one_line
 from headwise.cli.progress import Progress
-from headwise.cli.sources import ModelSource
+from headwise.cli.sources import MANIFEST, ModelSource
 
 # Where a config names no class of its own; the first that knows the model type is taken.
 _GENERAL_CLASSES = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModelForMaskedLM")
@@ -71,6 +72,8 @@ def load(
 
     transformers = quiet_transformers()
     device = chosen_device(device)
+    if source.gguf is None and (Path(source.location) / MANIFEST).is_file():
+        return _saved(transformers, source, dtype, device)
     wanted = dtype or ("float32" if device == "cpu" else "auto")
     files: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if revision is not None:
@@ -100,6 +103,22 @@ def load(
         )
     model = model.eval().to(device)
     return Loaded(model, tokenizer, position_table(model), position_limit(model), unset)
+
+
+def _saved(transformers: Any, source: ModelSource, dtype: str | None, device: str) -> Loaded:
+    """What headwise.save wrote, in the dtype that it was saved in unless told otherwise."""
+    import torch
+
+    from headwise.compress.saving import load as load_saved
+    from headwise.instruments.positions import position_limit, position_table
+
+    wanted = None if dtype in (None, "auto") else getattr(torch, str(dtype))
+    try:
+        model: Any = load_saved(source.location, device=device, dtype=wanted)
+        tokenizer = _tokenizer(transformers, source, {})
+    except (OSError, ValueError) as error:
+        raise UserError(f"{source.name} cannot be loaded: {one_line(error, 300)}") from error
+    return Loaded(model, tokenizer, position_table(model), position_limit(model), ())
 
 
 def chosen_device(asked: str) -> str:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from headwise.cli.errors import Interrupted, UserError
 from headwise.cli.progress import Progress
-from headwise.cli.see import default_text
+from headwise.cli.see import check_tokens, default_text
 from headwise.cli.sources import ModelSource, model_source, output_folder, read_texts
 from headwise.compress.search.targets import Keep, Limit
 
@@ -48,11 +48,13 @@ def _searched(
     progress: Progress,
 ) -> "Curve":
     """The curve; model, curve and page are in the folder when this returns."""
-    usual = (1024, 8) if target.what == "kv" else (256, 16)
-    tokens, windows = options.tokens or usual[0], options.windows or usual[1]
     from headwise.cli.loading import load_to_answer
 
     loaded = load_to_answer(source, options, progress)
+    check_tokens(options.tokens, loaded, source.name, progress)
+    usual = (1024, 8) if target.what == "kv" else (256, 16)
+    most = min(usual[0], loaded.positions or usual[0])
+    tokens, windows = options.tokens or most, options.windows or usual[1]
     # After the load, which tells what it does before it imports torch.
     from headwise.compress.search.searching import shrink
     from headwise.instruments.provenance import command_line
@@ -122,7 +124,9 @@ def told(name: str, curve: "Curve", out: Path) -> str:
     from headwise.report.shrink_page import sentence
 
     lines = [f"{name}: {sentence(curve)}", "", table(*curve.table()), ""]
-    lines += [f"model, curve.json and {REPORT} in {out}", f"try it: headwise generate {out}"]
+    lines += [f"model, curve.json and {REPORT} in {out}"]
+    if curve.model is not None and getattr(curve.model, "can_generate", lambda: False)():
+        lines += [f"try it: headwise generate {out}"]
     return "\n".join(lines)
 
 

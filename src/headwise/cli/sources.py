@@ -12,6 +12,9 @@ from headwise.cli.errors import UserError
 # owner/name or name, as the Hugging Face hub allows them
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 EMBEDDED = "headwise default model"
+# what headwise.save writes beside the weights, and where `headwise shrink` leaves them
+MANIFEST = "headwise.json"
+SHRUNK = "model"
 _PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -60,6 +63,10 @@ def model_source(model: str | None, gguf: str | None = None) -> ModelSource:
 
 def _folder_source(path: Path, gguf: str | None) -> ModelSource:
     name = path.resolve().name
+    if not (path / "config.json").is_file() and (path / SHRUNK / MANIFEST).is_file():
+        path = path / SHRUNK  # what `headwise shrink` left
+    elif name == SHRUNK and (path.resolve().parent / "curve.json").is_file():
+        name = path.resolve().parent.name
     found = sorted(file.name for file in path.glob("*.gguf"))
     if gguf is not None:
         if gguf not in found:

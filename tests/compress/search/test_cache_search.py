@@ -11,7 +11,7 @@ from headwise.compress.search.cached_reading import Remembered, full_bytes, read
 from headwise.compress.search.searching import shrink
 from headwise.compress.search.targets import Keep, UnreachableError
 from headwise.models import UnsupportedModelError
-from tests.instruments.tiny import bert, llama
+from tests.instruments.tiny import bert, gpt_oss, llama, mistral
 
 
 def ids(model: Any, batch: int, n: int) -> torch.Tensor:
@@ -27,13 +27,28 @@ def test_reading_in_pieces_with_all_that_is_kept_is_reading_at_once() -> None:
     torch.testing.assert_close(found, whole, atol=1e-5, rtol=1e-5)
 
 
-def test_a_full_cache_is_as_large_as_that_of_transformers() -> None:
-    model = llama().eval()
+@pytest.mark.parametrize("make", [llama, mistral, gpt_oss])
+def test_a_full_cache_is_as_large_as_that_of_transformers(make: Any) -> None:
+    model = make().eval()
     tokens = ids(model, 2, 33)
     with torch.no_grad():
         held = model(input_ids=tokens, use_cache=True).past_key_values
     counted = sum(layer.keys.nbytes + layer.values.nbytes for layer in held.layers)
     assert full_bytes(model, tokens) == counted
+
+
+def test_a_sliding_window_is_no_saving_of_ours() -> None:
+    """What the model drops by itself is not counted; what is dropped beside it is."""
+    model = mistral(window=40).eval()
+    curve = shrink(model, "kv=0.6", ids(model, 4, 96))
+    assert curve.points[0].left["kv"] == 1.0
+    assert curve.met
+    assert curve.cache is not None
+    with torch.no_grad(), cache_of(model, curve.cache) as cache:
+        read_with_cache(model, ids(model, 1, 96), cache)
+        held = model(input_ids=ids(model, 1, 96), use_cache=True).past_key_values
+    whole = sum(layer.keys.nbytes + layer.values.nbytes for layer in held.layers)
+    assert 0.2 < cache.nbytes() / whole <= 0.6 * 1.001
 
 
 def test_settings_come_back_from_a_file() -> None:

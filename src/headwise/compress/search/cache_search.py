@@ -61,9 +61,9 @@ def search_cache(
 ) -> Curve:
     """The cache that costs least quality within a share of the bytes. The model stays as it is.
 
-    In turn, each time at the bytes that are asked for: the policy and the bits, all of them tried;
-    how the tokens are spread over layers and heads (evenly, as a pyramid, by the scores, and by
-    what each layer was measured to need); then the best of them at every share on the way down.
+    In turn, each time at the bytes asked for: policies and bits, all of them tried; the spread over
+    layers and heads (even, a pyramid, by the scores, and by what each layer was measured to need);
+    then the best of them at every share on the way down.
     Choices are made on one half of the text, the curve is measured on the other. Where the bound
     on quality does not hold at the share that was asked for, the smallest share is chosen where it
     does. Raises UnreachableError for a share under that of the sinks and the window,
@@ -104,7 +104,7 @@ class _CacheSearch:
     ) -> None:
         self.model, self.target, self.limit, self.text = model, target, limit, text
         self.tell, self.step = tell or (lambda words: 0), step or (lambda *how_far: 0)
-        self._original = Remembered(model)
+        self._original, self._whole = Remembered(model), dict[int, int]()
         look = view(model)
         if look.unembedding is None or not look.causal or len(look.stacks) > 1:
             raise UnsupportedModelError(
@@ -159,7 +159,7 @@ class _CacheSearch:
     def _progress(self) -> tuple[int, int]:
         """(what was measured, what will have been, about)"""
         about = self.curve.about
-        done = len(about["tried"]) + len(about["needs"]) + len(about.get("shares", []))
+        done = sum(len(about.get(name, ())) for name in ("tried", "needs", "shares"))
         shares = sum(s > self.target.share * 1.05 for s in STEPS) + 1
         return done, max(done, len(self._first()) + 3 + self.layers + shares)
 
@@ -194,7 +194,6 @@ class _CacheSearch:
         return [*first, *second, layered(base, shares)]
 
     def _first(self) -> list[CacheSettings]:
-        """Every policy at every width."""
         found = []
         for bits in self.bits:
             for policy in POLICIES:
@@ -218,12 +217,12 @@ class _CacheSearch:
         base, few = settings_of(about["base"]), self._few
         row = []
         for level in self._levels(base):
-            shares = [1.0] * self.layers
-            shares[len(rows)] = level
-            if level < 1 or not rows:  # with all tokens it is the same in every layer
-                row.append(self._measured(layered(base, shares), few)[0].loss_change)
-            else:
-                row.append(rows[0][-1])
+            shares = [level if layer == len(rows) else 1.0 for layer in range(self.layers)]
+            same = bool(rows) and level >= 1  # with all tokens: the same in every layer
+            rise = (
+                rows[0][-1] if same else self._measured(layered(base, shares), few)[0].loss_change
+            )
+            row.append(rise)
         rows.append(row)
         self._say(f"what layer {len(rows) - 1} needs: loss {row[0]:+.4f} with the fewest tokens")
         return True
@@ -234,9 +233,9 @@ class _CacheSearch:
         return settings_of(known["settings"])
 
     def _fitted(self, settings: CacheSettings, share: float) -> tuple[CacheSettings, float]:
-        """With so few tokens that the bytes measured are within the share, if that can be: a cache
-        also holds positions, scales, what a policy notes, and room for what comes. With the share
-        that it came to."""
+        """With so few tokens that the bytes measured are within the share, if that can be (a cache
+        also holds positions, scales, a policy's notes, room for what comes); the share it came to.
+        """
         found = self._share(settings)
         for _ in range(_TRIES):
             if found <= share:
@@ -251,7 +250,12 @@ class _CacheSearch:
         with torch.no_grad(), cache_of(self.model, settings) as cache:
             read_with_cache(self.model, ids, cache, answers=False)
             held: int = cache.nbytes()
-        return held / full_bytes(self.model, ids)
+        return held / self._full(ids)
+
+    def _full(self, ids: Tensor) -> int:
+        if ids.shape[1] not in self._whole:
+            self._whole[ids.shape[1]] = full_bytes(self.model, ids[:1])
+        return len(ids) * self._whole[ids.shape[1]]
 
     def _measured(
         self, settings: CacheSettings, batches: Sequence[Examples]
@@ -262,7 +266,7 @@ class _CacheSearch:
         def answers(model: nn.Module, batch: Examples) -> Tensor:
             with cache_of(model, settings) as cache:
                 logits = read_with_cache(model, batch.inputs["input_ids"], cache)
-                held.append(cache.nbytes() / full_bytes(model, batch.inputs["input_ids"]))
+                held.append(cache.nbytes() / self._full(batch.inputs["input_ids"]))
             return logits
 
         quality = measure_quality(self.model, self.model, batches, answers, self._original)

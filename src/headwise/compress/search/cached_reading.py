@@ -60,5 +60,12 @@ class Remembered:
 
 
 def full_bytes(model: nn.Module, ids: Tensor) -> int:
-    """Of a cache that keeps everything of `ids` as the model computes it."""
-    return ids.numel() * cost(model, ids.shape[-1]).cache_bytes_per_token
+    """Of the cache that the model itself keeps of `ids`: of everything, in layers with a sliding
+    window of that window."""
+    config: Any = getattr(model, "config", None)
+    if getattr(config, "sliding_window", None) is None:
+        return ids.numel() * cost(model, ids.shape[-1]).cache_bytes_per_token
+    with torch.no_grad():
+        held: Any = model(input_ids=ids[:1], use_cache=True).past_key_values
+    one: int = sum(layer.keys.nbytes + layer.values.nbytes for layer in held.layers)
+    return len(ids) * one

@@ -91,7 +91,7 @@ def measure_quality(
         statistics.fmean(changes),
         statistics.stdev(changes) / math.sqrt(count) if count > 1 else math.nan,
         statistics.fmean(agreement),
-        statistics.fmean(kl),
+        max(0.0, statistics.fmean(kl)),  # which rounding can take below
         count,
     )
 
