@@ -23,7 +23,6 @@ from headwise.compress import (
 )
 from headwise.models import UnsupportedModelError, view
 from headwise.models.backbones import Decoder
-from headwise.models.prefix import logits_of
 from headwise.parts import Attention
 from headwise.parts.feed.mlp import Mlp
 from tests.instruments import tiny

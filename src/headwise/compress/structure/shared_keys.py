@@ -11,7 +11,8 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from headwise.models.errors import UnsupportedModelError
 
-NAME = "past_key_values"
+NAMES = ("past_key_values", "layer_past")
+"""By which attentions take their cache."""
 
 
 class ValuesLayer(DynamicLayer):
@@ -49,23 +50,27 @@ class Heard:
         cache = _checked(module, args, kwargs)
         if cache is None:
             return None
-        return args, {**kwargs, NAME: _Listening(cache, self)}
+        return args, {**kwargs, _name(kwargs): _Listening(cache, self)}
 
     def at_sharer(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         """A pre-hook of the attentions that share it."""
         cache = _checked(module, args, kwargs)
         if cache is None:
             return None
-        return args, {**kwargs, NAME: _ValuesOnly(cache, self)}
+        return args, {**kwargs, _name(kwargs): _ValuesOnly(cache, self)}
+
+
+def _name(kwargs: dict[str, Any]) -> str:
+    return next((name for name in NAMES if kwargs.get(name) is not None), NAMES[0])
 
 
 def _checked(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
     if any(isinstance(one, Cache) for one in args):
         raise UnsupportedModelError(
-            f"{type(module).__name__} is handed its cache by place and not as {NAME}=, so that "
+            f"{type(module).__name__} is handed its cache by place and not by name, so that "
             "its keys cannot be shared: call the model with use_cache=False"
         )
-    cache = kwargs.get(NAME)
+    cache = kwargs.get(_name(kwargs))
     if isinstance(cache, EncoderDecoderCache):  # self-attentions alone share maps
         cache = cache.self_attention_cache
     # one that listens already: layers began to share this source at different times

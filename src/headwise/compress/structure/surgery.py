@@ -147,7 +147,7 @@ def take_out(model: nn.Module, view: AttentionView, output: nn.Module, biased: b
     nothing = NoAttention(
         view.width if inside else 0,
         returns(view.module),
-        getattr(view.module, "layer_idx", None),
+        getattr(view.module, "layer_idx", getattr(view.module, "layer_id", None)),
         bias if inside and biased else None,
         view.kind == "self",
     )
