@@ -12,6 +12,7 @@ from headwise.compress.step import Step, take
 from headwise.compress.structure.depth import say_depth
 from headwise.compress.structure.feeds import feed_forward, layers_of
 from headwise.compress.structure.nothing import NoFeedForward, NoMixer
+from headwise.compress.structure.recalled import lent
 from headwise.compress.structure.relative import move_table
 from headwise.compress.structure.slicing import check_sliceable, keep_columns, keep_rows
 from headwise.compress.structure.surgery import check_replaceable, put, returns, take_out
@@ -111,9 +112,21 @@ def _checked(look: ModelView, step: DropLayers) -> list[LayerView]:
                     )
                 if all(one is not output for one in attention.module.modules()):
                     check_sliceable(output, attention.name)
+    if step.parts != "mlp":
+        _check_lent(look, gone)
     if step.parts == "attention" and len(_attentions(gone)) < len(gone):
         raise ValueError("some of these layers have no self-attention (any more)")
     return gone
+
+
+def _check_lent(look: ModelView, gone: list[LayerView]) -> None:
+    leaving = {id(m) for a in _attentions(gone) for m in a.module.modules()}
+    if any(id(one) in leaving and id(other) not in leaving for one, other in lent(look.model)):
+        raise UnsupportedModelError(
+            f"layers {', '.join(str(layer.index) for layer in gone)}: a later layer shares the map "
+            "of one of them and would be left without: take layers out first, and share maps "
+            "afterwards"
+        )
 
 
 def _attentions(layers: list[LayerView]) -> list[AttentionView]:

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from torch import Tensor, nn
 
+from headwise.compress.structure.recalled import lend_instead
 from headwise.models import ModelView
 from headwise.models.projections import features_first
 
@@ -43,12 +44,16 @@ def matrices_of(view: ModelView, which: str | Iterable[str] = "all") -> dict[str
         inside = {id(module) for module in attending}
         rest = [*layer.module.modules(), *(() if layer.mlp is None else layer.mlp.modules())]
         if which != "mlp":
-            found |= {names[id(m)]: m for m in attending if is_matrix(m)}
+            found |= {
+                names[id(m)]: m
+                for m in attending
+                if is_matrix(m) and "router" not in names[id(m)].split(".")
+            }
         if which != "attention":
             found |= {
                 names[id(m)]: m
                 for m in rest
-                if is_matrix(m) and id(m) not in inside and not names[id(m)].endswith("router")
+                if is_matrix(m) and id(m) not in inside and "router" not in names[id(m)].split(".")
             }
     return found
 
@@ -76,7 +81,8 @@ def bias_of(matrix: nn.Module) -> Tensor | None:
 
 
 def put_in_place(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """`new` wherever `old` stands, which may be several places."""
+    """`new` wherever `old` stands, which may be several places, for those who recall it too."""
+    lend_instead(model, old, new)
     for owner in list(model.modules()):
         for name, held in list(owner._modules.items()):
             if held is old:

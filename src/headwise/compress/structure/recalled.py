@@ -117,6 +117,27 @@ class RecalledFused(nn.Module):
         return torch.cat([found[..., : self.shared], self.value(x)], -1)
 
 
+def lent(model: nn.Module) -> list[tuple[nn.Module, Recalled | RecalledFused]]:
+    """(projection that is shared, what recalls it), for all in a model of transformers."""
+    found = (m for m in model.modules() if isinstance(m, Recalled | RecalledFused))
+    return [(m._source[0], m) for m in found]
+
+
+def is_lent(module: nn.Module) -> bool:
+    """Whether another layer recalls what this projection gives."""
+    return any(isinstance(hook, Held) for hook in module._forward_hooks.values())
+
+
+def lend_instead(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Whoever recalls what `old` gave recalls what `new` gives, which takes its place."""
+    for source, reader in lent(model):
+        if source is old:
+            reader._source = (new,)
+            new.register_forward_hook(reader.held)
+            if isinstance(reader, Recalled) and not hasattr(new, "nf") and hasattr(reader, "nf"):
+                del reader.nf
+
+
 class RecalledProject(Project):
     """The projection of an attention of `headwise.parts`: queries and keys, turned and with those
     of the past, are the source's; values are its own, and the only thing that it caches."""

@@ -11,6 +11,7 @@ from torch import nn
 from headwise.compress.step import Step, take
 from headwise.compress.structure.depth import say_depth
 from headwise.compress.structure.feeds import layers_of
+from headwise.compress.structure.recalled import lent
 from headwise.instruments.examples import model_view
 from headwise.models import ModelView, UnsupportedModelError, view
 from headwise.models.backbones.stack import Stack
@@ -50,6 +51,17 @@ class ReorderLayers(Step):
             )
         if getattr(getattr(owner, "config", None), "num_kv_shared_layers", 0):
             raise UnsupportedModelError("layers of this model use keys and values of earlier ones")
+        place = {
+            id(m): self.order.index(layer.index)
+            for layer in layers
+            for a in layer.attentions
+            for m in a.module.modules()
+        }
+        if any(place.get(id(b), 0) < place.get(id(a), 0) for a, b in lent(model)):
+            raise UnsupportedModelError(
+                "a layer would run before the one whose map it shares: reorder first, and share "
+                "maps afterwards"
+            )
         before: Any
         for module in owner.modules():
             for name, before in list(module._modules.items()):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from headwise.compress.structure.low_rank import LowRank
+from headwise.compress.structure.recalled import is_lent
 from headwise.models.errors import UnsupportedModelError
 
 _COUNTS = {"rows": ("out_features", "nf"), "columns": ("in_features", "nx")}
@@ -15,6 +16,11 @@ _COUNTS = {"rows": ("out_features", "nf"), "columns": ("in_features", "nx")}
 
 def check_sliceable(module: nn.Module, where: str) -> None:
     """Raises UnsupportedModelError for what holds no float matrix that could be cut."""
+    if is_lent(module):
+        raise UnsupportedModelError(
+            f"{where}: a later layer shares its map, which has as many heads: take heads out "
+            "first, and share maps afterwards"
+        )
     for part in (module.up, module.down) if isinstance(module, LowRank) else (module,):
         if "weight" not in part._parameters:
             raise UnsupportedModelError(
