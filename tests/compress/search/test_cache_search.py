@@ -164,3 +164,16 @@ def test_bytes_are_the_same_when_no_answer_is_asked_for() -> None:
             read_with_cache(model, tokens, cache, answers=answers)
             held.append(cache.nbytes())
     assert held[0] == held[1]
+
+
+def test_widths_that_cannot_be_within_the_bytes_are_not_tried() -> None:
+    model = llama().eval()
+    text = read_text(model, ids(model, 4, 64))
+    with pytest.raises(UnreachableError) as refused:
+        shrink(model, "kv=0.01", ids(model, 4, 64))
+    told: list[str] = []
+    found = search_cache(model, Keep("kv", refused.value.reachable * 1.1), text, tell=told.append)
+    assert found.met
+    bits = {one["settings"]["bits"] for one in found.about["tried"].values()}
+    assert None not in bits  # sinks and window alone are more than that
+    assert told[0] == "measuring the smallest cache"

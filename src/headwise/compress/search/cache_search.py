@@ -113,22 +113,31 @@ class _CacheSearch:
             )
         self.layers = len(look.layers)
         self.width = 8 * next(model.parameters()).element_size()  # bits of a number
-        self.bits = [bits for bits in BITS if bits is None or bits < self.width]
         self.curve = Curve("kv", target.share, [])
         self.curve.about |= {"tried": {}, "settings": [], "needs": []}
         self._few = text.few
-        tokens = text.tokens
-        window = max(4, min(16, int(tokens * target.share) // 2))
-        self.usual = CacheSettings(window=window, sinks=min(4, window))
-        smallest = replace(self.usual, policy="sinks and window", share=1e-9)
-        least = min(self._share(replace(smallest, bits=bits)) for bits in self.bits)
-        if target.share < least:
+        self.tell("measuring the smallest cache")
+        window = max(4, min(16, int(text.tokens * target.share) // 2))
+        floors = self._floors(window)
+        while min(floors.values()) > target.share and window > 4:
+            window = max(4, window // 2)
+            floors = self._floors(window)
+        self.bits = [bits for bits, floor in floors.items() if floor <= target.share]
+        self.usual = CacheSettings(window=window, sinks=4)
+        if not self.bits:
+            least = min(floors.values())
             raise UnreachableError(
-                f"keep {target}: with nothing but sinks and window ({self.usual.sinks} + {window} "
-                f"of {tokens} tokens) the cache holds kv={least:.3f}; ask for that or more, or "
-                "measure on longer texts (tokens=)",
+                f"keep {target}: with nothing but sinks and window (4 + {window} of {text.tokens} "
+                f"tokens) the cache holds kv={least:.3f}; ask for that or more, or measure on "
+                "longer texts (tokens=)",
                 least,
             )
+
+    def _floors(self, window: int) -> dict[int | None, float]:
+        """What sinks and window alone hold, by bits."""
+        settings = CacheSettings("sinks and window", 1e-9, window=window, sinks=4)
+        allowed = [bits for bits in BITS if bits is None or bits < self.width]
+        return {bits: self._share(replace(settings, bits=bits)) for bits in allowed}
 
     def next(self) -> None:
         """One more thing that is measured."""
