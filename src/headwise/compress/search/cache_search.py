@@ -22,6 +22,7 @@ from headwise.compress.search.cache_settings import (
     CacheSettings,
     bytes_of,
     cache_of,
+    floors_of,
     layered,
     scaled,
     settings_of,
@@ -37,8 +38,7 @@ from headwise.instruments.run import evaluating
 from headwise.models import UnsupportedModelError, view
 from headwise.models.identity import weights_hash
 
-BITS = (None, 8, 4)
-_TRIES = 4
+BITS, _TRIES = (None, 8, 4), 4
 LEVELS = (0.25, 0.5, 1.0, 2.0, 4.0)
 """Of the even share: what a layer may get instead."""
 NUMBERS = 2**28
@@ -117,27 +117,17 @@ class _CacheSearch:
         self.curve.about |= {"tried": {}, "settings": [], "needs": []}
         self._few = text.few
         self.tell("measuring the smallest cache")
-        window = max(4, min(16, int(text.tokens * target.share) // 2))
-        floors = self._floors(window)
-        while min(floors.values()) > target.share and window > 4:
-            window = max(4, window // 2)
-            floors = self._floors(window)
+        allowed = [bits for bits in BITS if bits is None or bits < self.width]
+        window, floors = floors_of(self._share, target.share, text.tokens, allowed)
         self.bits = [bits for bits, floor in floors.items() if floor <= target.share]
         self.usual = CacheSettings(window=window, sinks=4)
         if not self.bits:
-            least = min(floors.values())
+            least, n = min(floors.values()), text.tokens
             raise UnreachableError(
-                f"keep {target}: with nothing but sinks and window (4 + {window} of {text.tokens} "
-                f"tokens) the cache holds kv={least:.3f}; ask for that or more, or measure on "
-                "longer texts (tokens=)",
+                f"keep {target}: with nothing but sinks and window (4 + {window} of {n} tokens) "
+                f"the cache holds kv={least:.3f}; ask for that, or for longer texts (tokens=)",
                 least,
             )
-
-    def _floors(self, window: int) -> dict[int | None, float]:
-        """What sinks and window alone hold, by bits."""
-        settings = CacheSettings("sinks and window", 1e-9, window=window, sinks=4)
-        allowed = [bits for bits in BITS if bits is None or bits < self.width]
-        return {bits: self._share(replace(settings, bits=bits)) for bits in allowed}
 
     def next(self) -> None:
         """One more thing that is measured."""
@@ -151,14 +141,13 @@ class _CacheSearch:
             return
         if self._measure_a_layer():
             return
-        best = self._best()
         shares = [s for s in STEPS if s > self.target.share * 1.05] + [self.target.share]
         done = self.curve.about.setdefault("shares", [])
         if len(done) == len(shares):
             self._choose()
             return
         share = shares[len(done)]
-        asked = None if share >= 1 else self._fitted(self._at(best, share), share)[0]
+        asked = None if share >= 1 else self._fitted(self._at(self._best(), share), share)[0]
         known = None if asked is None else asked.as_dict()
         if known is None or known not in self.curve.about["settings"]:  # else all tokens fit again
             self._point(asked)
@@ -199,7 +188,7 @@ class _CacheSearch:
         second = [replace(base, shape=shape) for shape in ("pyramid", "adaptive")]
         if len(about["needs"]) < self.layers:
             return first + second
-        shares = spread(self._levels(base), about["needs"], base.share)
+        shares = spread(_levels(base), about["needs"], base.share)
         return [*first, *second, layered(base, shares)]
 
     def _first(self) -> list[CacheSettings]:
@@ -213,19 +202,15 @@ class _CacheSearch:
                     break  # all tokens stay: no policy is asked
         return found
 
-    def _levels(self, base: CacheSettings) -> list[float]:
-        return sorted({min(1.0, base.share * level) for level in LEVELS})
-
     def _measure_a_layer(self) -> bool:
         """What the next layer needs: the loss with every share in it, all tokens in the others, on
         a few windows. False where none is left, or none is asked for."""
         about = self.curve.about
-        rows = about["needs"]
-        if "base" not in about or len(rows) == self.layers:
+        if "base" not in about or len(about["needs"]) == self.layers:
             return False
+        rows, row = about["needs"], []
         base, few = settings_of(about["base"]), self._few
-        row = []
-        for level in self._levels(base):
+        for level in _levels(base):
             shares = [level if layer == len(rows) else 1.0 for layer in range(self.layers)]
             same = bool(rows) and level >= 1  # with all tokens: the same in every layer
             rise = (
@@ -233,7 +218,7 @@ class _CacheSearch:
             )
             row.append(rise)
         rows.append(row)
-        self._say(f"what layer {len(rows) - 1} needs: loss {row[0]:+.4f} with the fewest tokens")
+        self._say(f"what layer {len(rows) - 1} needs: loss {row[0]:+.4f} with the fewest")
         return True
 
     def _best(self) -> CacheSettings:
@@ -299,8 +284,8 @@ class _CacheSearch:
             words = str(settings)
         found = (quality.loss, quality.loss_change, quality.agreement, quality.kl)
         within = self.limit is None or self.limit.holds(*found)
-        took, seconds = (words,) if words else (), time.perf_counter() - began
-        self.curve.points.append(Point({"kv": share}, quality, took, seconds, within))
+        took = ((words,) if words else (), time.perf_counter() - began)
+        self.curve.points.append(Point({"kv": share}, quality, *took, within))
         self.curve.about["settings"].append(None if settings is None else settings.as_dict())
         self.tell(f"kv={share:.3f}, loss {quality.loss_change:+.4f}, {words or 'the original'}")
 
@@ -309,5 +294,9 @@ class _CacheSearch:
         inside = [n for n, point in enumerate(self.curve.points) if point.within]
         self.curve.chosen = min(inside, key=lambda n: self.curve.points[n].left["kv"], default=0)
         self.curve.cache = self.curve.about["settings"][self.curve.chosen]
-        why = "within the budget" if self.curve.met else f"{self.limit} allows no less"
-        self.curve.about["done"] = why
+        met = self.curve.met
+        self.curve.about["done"] = "within the budget" if met else f"{self.limit} allows no less"
+
+
+def _levels(base: CacheSettings) -> list[float]:
+    return sorted({min(1.0, base.share * level) for level in LEVELS})

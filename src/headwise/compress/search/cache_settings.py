@@ -121,3 +121,20 @@ def scaled(settings: CacheSettings, by: float) -> CacheSettings:
 
 def layered(base: CacheSettings, shares: Sequence[float]) -> CacheSettings:
     return replace(base, shape="by layer", layers=tuple(float(share) for share in shares))
+
+
+def floors_of(
+    share_of: Callable[[CacheSettings], float],
+    share: float,
+    tokens: int,
+    allowed: Sequence[int | None],
+) -> tuple[int, dict[int | None, float]]:
+    """(window, bits -> share that sinks and window alone hold): the window of at most 16 tokens
+    with which that is at most `share`, or else the smallest."""
+    window = max(4, min(16, int(tokens * share) // 2))
+    while True:
+        least = CacheSettings("sinks and window", 1e-9, window=window, sinks=4)
+        floors = {bits: share_of(replace(least, bits=bits)) for bits in allowed}
+        if min(floors.values()) <= share or window == 4:
+            return window, floors
+        window = max(4, window // 2)
