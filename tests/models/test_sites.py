@@ -9,6 +9,10 @@ from torch import Tensor
 from transformers import (
     AlbertConfig,
     AlbertForMaskedLM,
+    BloomConfig,
+    BloomForCausalLM,
+    FalconConfig,
+    FalconForCausalLM,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
     T5Config,
@@ -44,6 +48,18 @@ def neox() -> Any:
     return tiny._sharp(GPTNeoXForCausalLM(GPTNeoXConfig(**SMALL)))
 
 
+def bloom() -> Any:
+    """Its feed-forward part adds the residual itself."""
+    config = BloomConfig(vocab_size=tiny.VOCABULARY, hidden_size=16, n_layer=3, n_head=4)
+    return tiny._sharp(BloomForCausalLM(config))
+
+
+def falcon() -> Any:
+    """It adds what the attention gives to what the feed-forward part gives, in place."""
+    config = FalconConfig(**SMALL, num_kv_heads=2, new_decoder_architecture=True)
+    return tiny._sharp(FalconForCausalLM(config))
+
+
 def t5() -> Any:
     config = T5Config(
         vocab_size=tiny.VOCABULARY, d_model=16, d_kv=4, d_ff=24, num_layers=2, num_heads=4
@@ -60,6 +76,7 @@ MODELS: dict[str, Callable[[], Any]] = {
     "bart": tiny.bart,
     "albert": albert,
     "neox": neox,
+    "bloom": bloom,
     "t5": t5,
     "own": own,
 }
@@ -123,6 +140,20 @@ def test_what_is_read_has_the_shapes_that_are_promised(name: str) -> None:
             a = by_place[site.stack or look.stacks[0], site.layer, site.attention]
             heads = a.kv_heads if site.kind in ("keys", "values") else a.heads
             assert value.shape[2:] == (heads, a.head_dim), site
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "neox", "bloom", "falcon", "own"])
+def test_parts_add_up_to_the_residual(name: str) -> None:
+    model = {**MODELS, "falcon": falcon}[name]()
+    look, inputs = view(model), inputs_of(model)
+    kinds = ("residual", "attention", "mlp")
+    wanted = [site for kind in kinds for site in sites_of(look, kind)]
+    for detach in (True, False):
+        with recording(look, wanted, detach) as kept:
+            answer(model, inputs)
+        for layer in range(len(look.layers)):
+            parts = [kept[Site(kind, layer)] for kind in kinds]
+            assert torch.allclose(sum(parts), kept[Site("residual", layer + 1)], atol=1e-4)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "neox", "own"])

@@ -142,6 +142,10 @@ def _layer(
     attention_ends: tuple[nn.Module, ...] = tuple(_end(attention) for attention in found)
     spread = (projections.child(layer, end) for end in naming.MLP_ENDS)
     mlp_ends = (mlp,) if mlp is not None else tuple(m for m in spread if m is not None)[:1]
+    if mlp is not None and "residual" in inspect.signature(type(mlp).forward).parameters:
+        # it adds the residual itself (BLOOM, MPT): what it adds to is not what it adds
+        inside = (projections.child(mlp, name) for name in naming.DOWN)
+        mlp_ends = tuple(m for m in inside if m is not None)[:1]
     if after_attention is not None and after_mlp is not None:
         attention_ends, mlp_ends = (after_attention,), (after_mlp,)
     return LayerView(index, stack, layer, tuple(found), mlp, attention_ends, mlp_ends)

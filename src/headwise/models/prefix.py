@@ -35,8 +35,9 @@ class Prefix:
     model would compute a loss of its own, are left out. `output`: the model's
     answer on them, `(batch, ...)`: logits, or whatever it gives first. `reuses`: whether runs
     start late; False where layers run several times in a pass (ALBERT), where a stack's wiring
-    passes on more than the residual, or where a trial from the last layer on gave something else
-    (then all is computed each time, and is right all the same).
+    passes on more than the residual, where a module says that it `recalls` an earlier layer, or
+    where a trial from the last layer on gave something else (then all is computed each time, and
+    is right all the same).
 
     Keeps `layers x batch x n x width` numbers. Nothing of the model is changed between runs.
     """
@@ -165,6 +166,8 @@ def _is_plain(view: ModelView) -> bool:
         return False
     if any("forward" in vars(layer.module) for layer in view.layers):
         return False  # somebody else stands in for it
+    if any(getattr(module, "recalls", False) for module in view.model.modules()):
+        return False  # a layer needs what happens inside an earlier one
     stacks = [m for m in view.model.modules() if isinstance(m, Stack)]
     blocks = any(isinstance(layer.module, Block) for layer in view.layers)
     return not blocks or all(type(stack.wiring) is PreNorm for stack in stacks)

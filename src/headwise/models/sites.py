@@ -132,6 +132,8 @@ def recording(
     def keep(site: Site) -> Write:
         def write(value: Tensor) -> Tensor | None:
             kept[site] = value.detach() if detach else value
+            if site.kind in ("attention", "mlp"):
+                return value.clone()  # some models add the other one to it in place (Falcon)
             # a part of a tensor (one head's features) is on the way to the answer once it is put
             # back: gradients with respect to the part alone would be none
             return None if detach else value

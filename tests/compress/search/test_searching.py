@@ -1,4 +1,6 @@
 import copy
+import dataclasses
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +10,7 @@ from torch import nn
 
 import headwise
 import headwise.compress
+from headwise.compress.search import searching
 from headwise.compress.search.candidates import candidates, removable
 from headwise.compress.search.curve import Curve
 from headwise.compress.search.prices import prices
@@ -130,6 +133,31 @@ def test_a_bound_on_quality_ends_the_search_and_what_broke_it_is_kept_as_refused
     assert curve.best.quality.kl <= 0.0002
     assert not curve.points[-1].within
     assert "allows no further step" in curve.about["done"]
+
+
+def test_what_was_too_much_in_a_round_is_not_asked_of_the_next(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The bound is broken once, at the first step; half of it passes, and so do the rest."""
+    real, asked = searching.point_of, []
+
+    def judged(*args: Any) -> Any:
+        point, seconds = real(*args)
+        asked.append(point)
+        return dataclasses.replace(point, within=len(asked) != 2), seconds
+
+    monkeypatch.setattr(searching, "point_of", judged)
+    curve = shrink(
+        llama().eval(), "params=0.5", ids(llama(), 6), quality="kl<=1", rounds=2, repeats=1
+    )
+    first, second = (curve.points[n] for n in (1, 2))
+    assert not first.within
+    assert second.within
+    assert curve.about["pace"] == len(second.took) / len(first.took) < 1
+    assert len(curve.points) > 4  # so that it takes more rounds than were asked for
+    before = [1.0, *(p.left["params"] for p in curve.points[2:])]
+    steps = [a - b for a, b in itertools.pairwise(before)]
+    assert max(steps[1:]) < 1 - first.left["params"]
 
 
 def test_an_impossible_budget_is_refused_with_the_one_that_can_be_met() -> None:

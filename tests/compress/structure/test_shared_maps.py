@@ -9,15 +9,16 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache, StaticCache
 
-from headwise.compress import cost
+from headwise.compress import compensate, cost
 from headwise.compress.step import read_step, steps_of, write_step
 from headwise.compress.structure.shared_maps import (
     map_similarity,
     share_attention,
     similar_block,
 )
-from headwise.models import observe, view
+from headwise.models import Site, observe, touching, view
 from headwise.models.backbones import Decoder
+from headwise.models.prefix import Prefix
 from headwise.parts import Attention, GroupedQuery, Rotary
 from tests.instruments import tiny
 
@@ -296,3 +297,25 @@ def test_what_it_costs_is_counted(name: str) -> None:
         model.set_attn_implementation("eager")
         model(ids(1, 16), use_cache=False)
     assert counted.get_total_flops() == after.flops
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_runs_that_start_late_would_find_nothing_to_recall(name: str) -> None:
+    """Layer 2 takes its map from layer 1, so that no run can start between them."""
+    model = MODELS[name]()
+    share_attention(model, {2: 1})
+    writes = {Site("heads", 2): lambda value: value * 0}
+    prefix = Prefix(view(model), {"input_ids": ids()})
+    assert not prefix.reuses
+    with touching(view(model), writes), torch.no_grad():
+        whole = model(ids()).logits
+    with torch.no_grad():
+        assert torch.equal(prefix.run(writes), whole)
+
+
+def test_what_sharing_did_can_be_made_up_for() -> None:
+    model = MODELS["llama"]()
+    original = copy.deepcopy(model)
+    share_attention(model, {2: 1})
+    found = compensate(model, original, ids(6, 20))
+    assert found.after < 0.5 * found.before

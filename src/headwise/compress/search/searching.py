@@ -73,8 +73,8 @@ def shrink(
     outputs on that half (closed form); the model is measured on the other half. kinds: of what
     candidates are, from "heads" (groups that share a key-value head), "channels", "attention",
     "mlp" and "layers". quality: a bound, see `Limit`; a round that breaks it is tried again with
-    half of its candidates, down to one. distil: seconds of training on the original's answers at
-    the end (0: none).
+    half of its candidates, down to one, and the next ones take no more. distil: seconds of training
+    on the original's answers at the end (0: none).
 
     inputs, tokens, windows, tokenizer, processor: as in `headwise.see`, cut into windows (8 of 256
     tokens unless told otherwise); every other one is held out. out: a folder, in which curve.json
@@ -214,7 +214,7 @@ class _Search:
         if not chosen:
             self._end("nothing is left that can go")
             return
-        before = self.current
+        before, asked = self.current, len(chosen)
         while chosen:
             self.current = copy.deepcopy(before)
             self._take(chosen)
@@ -229,6 +229,9 @@ class _Search:
             if point.within:
                 self.curve.chosen = len(self.curve.points) - 1
                 forget(known, chosen, names)
+                # what was too much in this round will be in the next
+                about = self.curve.about
+                about["pace"] = about.get("pace", 1.0) * len(chosen) / asked
                 self._count(chosen)
                 if point.left[what] <= self.target.share:
                     self._end("within the budget")
@@ -274,14 +277,18 @@ class _Search:
         what = self.target.what
         left = self.curve.best.left[what]
         whole = self.first.parameters if what == "params" else self._work(self.first)
-        step = (1 - self.target.share) / self.rounds
-        return min(step, max(left - self.target.share, 0.0)) * whole
+        return min(self._stride(), max(left - self.target.share, 0.0)) * whole
+
+    def _stride(self) -> float:
+        """The share that a round is to save: less since a bound was broken."""
+        pace: float = self.curve.about.get("pace", 1.0)
+        return pace * (1 - self.target.share) / self.rounds
 
     def _left(self) -> int:
         """Rounds that are left, about."""
-        step = (1 - self.target.share) / self.rounds
+        stride = self._stride()
         left = self.curve.best.left[self.target.what] - self.target.share
-        return max(1, math.ceil(left / step - 1e-6)) if step > 0 else 1
+        return max(1, math.ceil(left / stride - 1e-6)) if stride > 0 else 1
 
     def _work(self, known: Cost) -> float:
         """Multiplications a token."""

@@ -61,6 +61,8 @@ class Recalled(nn.Module):
     """Stands where a projection (or a norm of queries or keys) stood, and gives what `source`, the
     same module of another layer, gave for these tokens. `weight` and `bias` are the source's."""
 
+    recalls = True
+
     def __init__(self, source: nn.Module) -> None:
         super().__init__()
         self._source = (source,)  # in a tuple, into which modules do not look
@@ -85,6 +87,8 @@ class Recalled(nn.Module):
 class RecalledFused(nn.Module):
     """The same for one projection to queries, keys and values side by side: values are its own,
     `value`; queries and keys, the first `shared` features, are the source's."""
+
+    recalls = True
 
     def __init__(self, own: nn.Module, source: nn.Module, shared: int) -> None:
         super().__init__()
@@ -141,6 +145,8 @@ def lend_instead(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
 class RecalledProject(Project):
     """The projection of an attention of `headwise.parts`: queries and keys, turned and with those
     of the past, are the source's; values are its own, and the only thing that it caches."""
+
+    recalls = True
 
     def __init__(self, own: Project, source: Project) -> None:
         super().__init__()
