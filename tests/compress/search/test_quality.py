@@ -3,10 +3,12 @@ import math
 import pytest
 import torch
 from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from headwise.compress.search.asking import read_text
 from headwise.compress.search.quality import measure_quality
 from headwise.instruments.examples import read_examples
+from headwise.models.default import default_model_path
 from tests.instruments.tiny import llama
 
 
@@ -85,3 +87,13 @@ def test_unknown_figures_are_written_as_null() -> None:
     found = measure_quality(model, model, read_examples(model, ids))
     assert math.isnan(found.loss_error)
     assert found.as_dict()["loss_error"] is None
+
+
+def test_windows_are_as_long_as_is_usual_and_the_model_can_read() -> None:
+    path = default_model_path()
+    model = AutoModelForCausalLM.from_pretrained(path)
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    most = model.config.max_position_embeddings
+    for usual, expected in ((64, 64), (2 * most, most)):
+        text = read_text(model, None, tokenizer, windows=2, usual=usual)
+        assert [len(one.inputs["input_ids"][0]) for one in text.held_out] == [expected]

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from headwise.instruments.examples import Examples, digests, read_examples, together
+from headwise.instruments.positions import position_limit
 
 WINDOWS = 8
 TOKENS = 256
@@ -67,13 +68,16 @@ def read_text(
     windows: int | None = None,
     batch_size: int = 8,
     numbers: int = NUMBERS,
+    usual: int = TOKENS,
 ) -> Text:
     """Every other example for either purpose, in turns, so that both come from all of the text.
 
     inputs: as in `headwise.see`; None: the documentation of the installed Python, which needs a
     tokenizer. batch_size: at most so many together, of texts also no more than have `numbers`
-    logits. Raises ValueError for fewer than two examples.
+    logits. usual: tokens of a window where they are not told and the model can read as many.
+    Raises ValueError for fewer than two examples.
     """
+    usual = tokens or min(usual, position_limit(model) or usual)
     if inputs is None:
         if tokenizer is None:
             raise ValueError(
@@ -82,12 +86,12 @@ def read_text(
             )
         from headwise.models.default import default_text
 
-        inputs = default_text((tokens or TOKENS) * (windows or WINDOWS) * 8)[0]
+        inputs = default_text(usual * (windows or WINDOWS) * 8)[0]
     text = isinstance(inputs, str) or (
         isinstance(inputs, list | tuple) and any(isinstance(one, str) for one in inputs)
     )
     if text:
-        tokens, windows = tokens or TOKENS, windows or WINDOWS
+        tokens, windows = usual, windows or WINDOWS
     singles = read_examples(model, inputs, tokenizer, processor, tokens, windows, batch_size=1)
     if len(singles) < 2:
         raise ValueError(

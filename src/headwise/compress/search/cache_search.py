@@ -43,6 +43,8 @@ LEVELS = (0.25, 0.5, 1.0, 2.0, 4.0)
 """Of the even share: what a layer may get instead."""
 NUMBERS = 2**28
 """Logits of one batch of text: those of the prompt are not computed."""
+TOKENS = 1024
+"""Of a window: in a short one the newest tokens, which always stay, are most of the cache."""
 STEPS = (1.0, 0.75, 0.5, 0.35, 0.25, 0.175, 0.125, 0.0875, 0.0625)
 """Shares at which the curve is measured on the way down."""
 

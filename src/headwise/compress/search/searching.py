@@ -77,9 +77,10 @@ def shrink(
     on the original's answers at the end (0: none).
 
     inputs, tokens, windows, tokenizer, processor: as in `headwise.see`, cut into windows (8 of 256
-    tokens unless told otherwise); every other one is held out. out: a folder, in which curve.json
-    and the model are kept after every round; with `resume` an interrupted search goes on there.
-    tell: called with lines that say what is done; step: with (done, all, what) while it is.
+    tokens unless told otherwise, of 1,024 for a cache); every other one is held out. out: a folder,
+    in which curve.json and the model are kept after every round; with `resume` an interrupted
+    search goes on there. tell: called with lines that say what is done; step: with (done, all,
+    what) while it is.
 
     The model itself is left as it is. Raises UnreachableError, before anything is changed, for a
     budget under what these kinds can reach, with the smallest share that can be; ValueError for
@@ -93,9 +94,9 @@ def shrink(
         raise ValueError(f"{told}: expected 1 or more, and no negative time")
     reading = (model, inputs, tokenizer, processor, tokens, windows, batch_size)
     if target.what == "kv":
-        from headwise.compress.search.cache_search import NUMBERS, search_cache
+        from headwise.compress.search.cache_search import NUMBERS, TOKENS, search_cache
 
-        text = read_text(*reading, NUMBERS)
+        text = read_text(*reading, NUMBERS, TOKENS)
         return search_cache(
             model, target, text, limit, tokenizer=tokenizer, out=out, resume=resume, tell=tell,
             step=step,
