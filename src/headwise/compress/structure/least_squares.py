@@ -50,30 +50,28 @@ class Problem:
         bias = bias_of(matrix)
         weight = features_first(matrix)
         start = _map(matrix)
-        before = self._error(self.whole, start)
+        whole = _Squares(self.whole, start.shape[1])
+        before = whole.error(start)
         chosen = ridge
         if chosen is None:
-            least = self._error(self.held, start)
+            held, fitted = (_Squares(m, start.shape[1]) for m in (self.held, self.fitted))
+            least, missing = held.error(start), fitted.missing(start)
             for tried in RIDGES:
-                error = self._error(self.held, _solved(self.fitted, start, tried))
+                error = held.error(start + fitted.change(missing, tried))
                 if error < least:
                     least, chosen = error, tried
         if chosen is None:
             return Fit(before, before, None)
-        found = _solved(self.whole, start, chosen)
+        found = start + whole.change(whole.missing(start), chosen)
         weight.copy_(found[:, : weight.shape[1]])
         if bias is not None:
             bias.copy_(found[:, -1])
-        return Fit(before, self._error(self.whole, found), chosen)
+        return Fit(before, whole.error(found), chosen)
 
     def error(self, matrix: nn.Module) -> float:
         """|y - W x - b|^2 over |y|^2 of a matrix as it is."""
-        return self._error(self.whole, _map(matrix))
-
-    def _error(self, moments: Moments, map_: Tensor) -> float:
-        square, cross = _augmented(moments, map_.shape[1])
-        left = moments.energy - 2 * (map_ * cross).sum() + ((map_ @ square) * map_).sum()
-        return float(left.clamp_min(0)) / max(moments.energy, 1e-300)
+        map_ = _map(matrix)
+        return _Squares(self.whole, map_.shape[1]).error(map_)
 
 
 def _map(matrix: nn.Module) -> Tensor:
@@ -82,22 +80,36 @@ def _map(matrix: nn.Module) -> Tensor:
     return weight if bias is None else torch.cat([weight, bias.detach().double()[:, None]], 1)
 
 
-def _augmented(moments: Moments, size: int) -> tuple[Tensor, Tensor]:
-    """Sums of x x^T and y x^T, where x ends in a 1 if the map has a bias."""
-    square, cross = moments.square, moments.cross
-    if size == len(square):
-        return square, cross
-    one = square.new_full((1, 1), float(moments.count))
-    total = moments.total[:, None]
-    whole = torch.cat([torch.cat([square, total], 1), torch.cat([total.T, one], 1)])
-    return whole, torch.cat([cross, moments.target[:, None]], 1)
+class _Squares:
+    """Sums of x x^T and y x^T, where x ends in a 1 if the map `(out, size)` has a bias."""
 
+    def __init__(self, moments: Moments, size: int) -> None:
+        square, cross = moments.square, moments.cross
+        self.energy, self.count = moments.energy, max(1, moments.count)
+        self.mean, self.wide = square.diagonal().mean(), len(square)
+        if size > self.wide:
+            one = square.new_full((1, 1), float(moments.count))
+            total = moments.total[:, None]
+            square = torch.cat([torch.cat([square, total], 1), torch.cat([total.T, one], 1)])
+            cross = torch.cat([cross, moments.target[:, None]], 1)
+        self.square, self.cross = square, cross
 
-def _solved(moments: Moments, start: Tensor, ridge: float) -> Tensor:
-    square, cross = _augmented(moments, start.shape[1])
-    wide = len(moments.square)
-    pull = torch.zeros(len(square), dtype=square.dtype, device=square.device)
-    pull[:wide] = ridge * moments.square.diagonal().mean()
-    pull[wide:] = 1e-9 * max(1, moments.count)  # a bias is free
-    change = torch.linalg.solve(square + pull.diag(), (cross - start @ square).T)
-    return start + change.T
+    def error(self, map_: Tensor) -> float:
+        """|y - W x - b|^2 over |y|^2."""
+        left = self.energy - 2 * (map_ * self.cross).sum() + ((map_ @ self.square) * map_).sum()
+        return float(left.clamp_min(0)) / max(self.energy, 1e-300)
+
+    def missing(self, start: Tensor) -> Tensor:
+        """What a change of the map has to explain, `(size, out)`."""
+        return (self.cross - start @ self.square).T
+
+    def change(self, missing: Tensor, ridge: float) -> Tensor:
+        """The one of least error, with the ridge on it."""
+        pull = torch.zeros(len(self.square), dtype=self.square.dtype, device=self.square.device)
+        pull[: self.wide] = ridge * self.mean
+        pull[self.wide :] = 1e-9 * self.count  # a bias is free
+        pulled = self.square + pull.diag()
+        factor, failed = torch.linalg.cholesky_ex(pulled)
+        if int(failed):  # by rounding: a feature that never changes, beside a bias
+            return torch.linalg.solve(pulled, missing).T
+        return torch.cholesky_solve(missing, factor).T
