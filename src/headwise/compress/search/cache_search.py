@@ -33,6 +33,7 @@ from headwise.compress.search.kept import Kept
 from headwise.compress.search.quality import Quality, measure_quality
 from headwise.compress.search.spread import spread
 from headwise.compress.search.targets import Keep, Limit, UnreachableError
+from headwise.compress.structure.costs import cost
 from headwise.instruments.examples import Examples
 from headwise.instruments.run import evaluating
 from headwise.models import UnsupportedModelError, view
@@ -116,6 +117,7 @@ class _CacheSearch:
         self.layers = len(look.layers)
         self.width = 8 * next(model.parameters()).element_size()  # bits of a number
         self.curve = Curve("kv", target.share, [])
+        self.curve.original = {"kv": float(cost(model, text.tokens).cache_bytes_per_token)}
         self.curve.about |= {"tried": {}, "settings": [], "needs": []}
         self._few = text.few
         self.tell("measuring the smallest cache")
