@@ -1,7 +1,7 @@
 """What a smaller cache of keys and values is worth: decode time and memory.
 
     python -m bench.shrink_cache [--tokens 32768] [--layers 4] [--heads 8] [--kv-heads 8]
-        [--ratios 1,0.5,0.25,0.1] [--steps 24] [--prefill 4096] [--threads 1]
+        [--ratios 1,0.5,0.25,0.1] [--steps 40] [--prefill 4096] [--threads 1]
 
 A random Llama-like model (head dimension 64) decodes one sequence after so many tokens. The caches
 are filled with random keys and values, layer by layer, as a prefill would fill them: times do not
@@ -242,7 +242,7 @@ def megabytes(count: int | None) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     numbers: dict[str, int] = {"tokens": 32768, "layers": 4, "heads": 8, "kv-heads": 8}
-    numbers |= {"steps": 24, "threads": 1, "chunk": 0, "prefill": 4096}
+    numbers |= {"steps": 40, "threads": 1, "chunk": 0, "prefill": 4096}
     for name, default in numbers.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--ratios", default="1,0.5,0.25,0.1")

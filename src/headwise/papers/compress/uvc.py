@@ -296,9 +296,5 @@ def a_multiplier_at_work() -> Picture:
         "multiplier z / 10": (steps, [z / 10 for z in state.prices]),
         "budget": (steps[:: len(steps) - 1], [0.5, 0.5]),
     }
-    return Picture(
-        title="The multiplier z of the budget climbs until the FLOPs are half of what they were",
-        x="training step",
-        y="share of FLOPs; z / 10",
-        lines=lines,
-    )
+    title = "The multiplier z of the budget climbs until the FLOPs are half of what they were"
+    return Picture(title, "training step", "share of FLOPs; z / 10", lines)

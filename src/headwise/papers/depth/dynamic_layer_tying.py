@@ -117,8 +117,7 @@ def train_tied(
             reward = -_loss(model, task, step)
             _learn(agent, learner, walked, roots, float(reward.detach()))
             tied.layers.append(len(set(roots)))
-        pace = rate * min(1.0, (step + 1) / 20, 2 * (steps - step) / steps)
-        tied.losses.append(_descend(model, task, step, adam, pace))
+        tied.losses.append(_descend(model, task, adam, step, steps, rate))
     tied.roots = tied_to(model)
     model.eval()
     return tied
@@ -148,11 +147,11 @@ def _learn(
 
 
 def _descend(
-    model: nn.Module, task: Any, step: int, adam: torch.optim.Optimizer, pace: float
+    model: nn.Module, task: Any, adam: torch.optim.Optimizer, step: int, steps: int, rate: float
 ) -> float:
     """One step of training; the loss before it."""
     for group in adam.param_groups:
-        group["lr"] = pace
+        group["lr"] = rate * min(1.0, (step + 1) / 20, 2 * (steps - step) / steps)
     loss = _loss(model, task, step)
     adam.zero_grad()
     loss.backward()
@@ -177,8 +176,7 @@ def train_untied(model: nn.Module, task: Any, steps: int = 200, **more: Any) -> 
     tied = Tied(model)
     adam, rate = _adam(model, 3e-3), 3e-3
     for step in range(steps):
-        pace = rate * min(1.0, (step + 1) / 20, 2 * (steps - step) / steps)
-        tied.losses.append(_descend(model, task, step, adam, pace))
+        tied.losses.append(_descend(model, task, adam, step, steps, rate))
     tied.roots = tied_to(model)
     model.eval()
     return tied
